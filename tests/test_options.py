@@ -63,7 +63,8 @@ def job(tmp_path: Path) -> Path:
 
 RETRAIN = {
     "real": "r", "test": "t", "plain": ("a", "b"), "risky": ("c",), "num_seeds": 3, "num_steps": 7, "mix": 0.4,
-    "labels": "soft", "batch_size": 9, "learning_rate": 0.01, "calibrate": "k", "folder": "f", "0": "run",
+    "labels": "soft", "batch_size": 9, "learning_rate": 0.01, "calibrate": "k",
+    "held_out": 0.3, "folder": "f", "0": "run",
 }  # fmt: skip
 EVALUATE = {
     "real": "r", "train": "t", "reference": "q", "clip": "c", "features": "clip", "inception": "i", "failures": "all",
@@ -91,7 +92,7 @@ MIXED = ("--clip", "c", "--mix-real", "d", "--real-ratio", 0, "--with-rejected",
             "engine.studies.retrain.program.retrain",
             ("retrain", "run", "--real", "r", "--test", "t", "--plain", "a", "--plain", "b", "--risky", "c", "--seeds",
              3, "--steps", 7, "--mix", 0.4, "--labels", "soft", "--batch-size", 9, "--learning-rate", 0.01,
-             "--calibrate", "k", "--output", "f"),
+             "--calibrate", "k", "--held-out", 0.3, "--output", "f"),
             RETRAIN,
         ),
         (
@@ -225,7 +226,9 @@ def comparison(monkeypatch: pytest.MonkeyPatch, crossed: tuple[str, ...] = ()) -
     monkeypatch.setattr("engine.studies.compare.scored_run.unfinished", lambda runs: [])
     monkeypatch.setattr("engine.studies.compare.program.compare_runs", compare_runs)
     monkeypatch.setattr("engine.studies.compare.limits.crossed_limits", crossed_limits)
-    monkeypatch.setattr("engine.studies.compare.tables.comparison_table", lambda comparison: "table")
+    monkeypatch.setattr("engine.studies.compare.tables.comparison_tables", lambda comparison: [])
+    monkeypatch.setattr("engine.studies.compare.tables.failure_lists", lambda comparison: [])
+    monkeypatch.setattr("engine.studies.compare.tables.comparison_document", lambda *_: {})
     return asked
 
 

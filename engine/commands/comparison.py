@@ -63,7 +63,17 @@ def rescore(
             advance=display.advance,
             notice=display.notice,
         )
-    _print_rescored(rescored, as_json)
+    if as_json:
+        from engine.studies.rescore.program import rescored_document
+
+        print_json(rescored_document(rescored))
+    else:
+        print_rescored(rescored)
+    if rescored.num_failed:
+        total = rescored.num_images + rescored.num_failed
+        complain(f"error: {rescored.num_failed} of {total} images have no new score: {rescored.failure}")
+    if not rescored.is_complete:
+        complain("the run is not complete; the same command scores samples that are added later")
     raise typer.Exit(0 if rescored.is_complete and not rescored.num_failed else EXIT_INCOMPLETE)
 
 
@@ -230,19 +240,10 @@ def _keep(run: str, document: dict[str, Any], notice: Callable[[str], None]) -> 
         notice(f"{run}: the comparison is not kept in the run, so its report does not have it ({error})")
 
 
-def _print_rescored(rescored: Rescored, as_json: bool) -> None:
+def print_rescored(rescored: Rescored) -> None:
     """Print the scores before and after, and the folder of the new ones."""
-    from engine.studies.compare.tables import comparison_tables, summary_document
+    from engine.studies.compare.tables import comparison_tables
 
-    if as_json:
-        comparison = None if rescored.comparison is None else summary_document(rescored.comparison)
-        names = (
-            "target", "temperature", "num_scored", "num_images", "num_rows", "num_accepted", "num_failed", "failure",
-            "is_complete", "reason",
-        )  # fmt: skip
-        fields = {name: getattr(rescored, name) for name in names}
-        print_json({"folder": str(rescored.folder), **fields, "comparison": comparison})
-        return
     if rescored.comparison is not None:
         _print_tables(comparison_tables(rescored.comparison))
     else:
@@ -254,11 +255,6 @@ def _print_rescored(rescored: Rescored, as_json: bool) -> None:
     if rescored.temperature:
         print(f"temperature: {rescored.temperature}")
     print(f"scores: {rescored.folder}")
-    if rescored.num_failed:
-        total = rescored.num_images + rescored.num_failed
-        complain(f"error: {rescored.num_failed} of {total} images have no new score: {rescored.failure}")
-    if not rescored.is_complete:
-        complain("the run is not complete; the same command scores samples that are added later")
 
 
 def _print_comparison(comparison: RunComparison) -> None:

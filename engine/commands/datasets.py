@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -33,6 +34,7 @@ else:
 
 # Of a value of a record, on a terminal.
 MAX_VALUE_CHARS = 1000
+MAX_COLUMNS = 100
 
 RunsArgument = Annotated[
     list[str],
@@ -68,7 +70,33 @@ MixOption = Annotated[
     ),
 ]
 RatioOption = Annotated[
-    float | None, typer.Option(metavar="X", help="Share of real images, with --mix-real. Default: 0.5.")
+    float | None,
+    typer.Option(metavar="X", help="Share of real images, balanced by class, with --mix-real. Default: 0.5."),
+]
+PerClassOption = Annotated[
+    int | None,
+    typer.Option("--real-per-class", metavar="N", help="Real images of each class, in place of --real-ratio."),
+]
+RealClassesOption = Annotated[
+    Literal["corpus", "all"] | None,
+    typer.Option(
+        "--real-classes",
+        help="Classes of real images: those of the runs' samples (corpus, the default), or all of the target.",
+    ),
+]
+LicenceOption = Annotated[
+    str | None,
+    typer.Option("--license", metavar="SPDX", help="Licence of the data set for its card, e.g. CC-BY-4.0."),
+]
+AuthorOption = Annotated[
+    list[str] | None,
+    typer.Option("--author", metavar="NAME", help="Author of the data set, for its card; repeatable."),
+]
+DryOption = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Show what would be taken and which keys would change; look for no duplicates, write nothing."
+    ),
 ]
 RejectedOption = Annotated[bool, typer.Option("--with-rejected", help="Include stored images of rejected samples.")]
 SurplusOption = Annotated[bool, typer.Option("--with-surplus", help="Include accepted samples beyond their quota.")]
@@ -213,16 +241,22 @@ def merge(
     clip: ClipOption = None,
     mix_real: MixOption = None,
     real_ratio: RatioOption = None,
+    real_per_class: PerClassOption = None,
+    real_classes: RealClassesOption = None,
+    license_: LicenceOption = None,
+    author: AuthorOption = None,
     with_rejected: RejectedOption = False,
     with_surplus: SurplusOption = False,
     allow_different_targets: TargetsOption = False,
+    dry_run: DryOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Merge the accepted samples of runs into one data set: `export` to WebDataset without a filter."""
     export(
         runs, output, samples_per_shard=samples_per_shard, seed=seed, name=name, deduplicate=deduplicate, clip=clip,
-        mix_real=mix_real, real_ratio=real_ratio, with_rejected=with_rejected, with_surplus=with_surplus,
-        allow_different_targets=allow_different_targets, as_json=as_json,
+        mix_real=mix_real, real_ratio=real_ratio, real_per_class=real_per_class, real_classes=real_classes,
+        license_=license_, author=author, with_rejected=with_rejected, with_surplus=with_surplus,
+        allow_different_targets=allow_different_targets, dry_run=dry_run, as_json=as_json,
     )  # fmt: skip
 
 
@@ -235,7 +269,7 @@ def export(
         Literal["index", "name"],
         typer.Option(
             help="Names of class folders in imagefolder: the class index (0003), in torchvision's class order, or"
-            " the class name; classes.json has the label of each."
+            " the class name; folders.json has the label of each."
         ),
     ] = "index",
     samples_per_shard: ReshardOption = 1000,
@@ -245,14 +279,23 @@ def export(
     clip: ClipOption = None,
     mix_real: MixOption = None,
     real_ratio: RatioOption = None,
+    real_per_class: PerClassOption = None,
+    real_classes: RealClassesOption = None,
+    license_: LicenceOption = None,
+    author: AuthorOption = None,
     with_rejected: RejectedOption = False,
     with_surplus: SurplusOption = False,
     allow_different_targets: TargetsOption = False,
+    dry_run: DryOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Export the samples of runs that pass a filter as a new data set."""
-    from engine.data.reading.export_options import ExportOptions
+    from engine.data.reading.export_options import DEFAULT_REAL_RATIO, REAL_CLASSES, ExportOptions
 
+    if mix_real is None:
+        _refuse_real({"--real-ratio": real_ratio, "--real-per-class": real_per_class, "--real-classes": real_classes})
+    if real_ratio is not None and real_per_class is not None:
+        raise JobError("--real-per-class: says how many, as --real-ratio does; give one of them")
     options = ExportOptions(
         output=output,
         format=format_,
@@ -266,33 +309,61 @@ def export(
         deduplicate=deduplicate,
         clip=clip,
         real=mix_real,
-        real_ratio=_real_ratio(real_ratio, mix_real),
+        real_ratio=DEFAULT_REAL_RATIO if real_ratio is None else real_ratio,
+        real_per_class=real_per_class,
+        real_classes=real_classes or REAL_CLASSES[0],
+        license=license_ or "",
+        authors=tuple(author or ()),
         allow_different_targets=allow_different_targets,
     )
-    _export(runs, options, as_json)
+    if dry_run:
+        _preview(runs, options, as_json)
+    else:
+        _export(runs, options, as_json)
 
 
-def _real_ratio(given: float | None, mix_real: str | None) -> float:
-    from engine.data.reading.export_options import DEFAULT_REAL_RATIO
+def _refuse_real(given: dict[str, Any]) -> None:
+    """Refuse options of real images where there are none."""
+    if names := [name for name, value in given.items() if value is not None]:
+        raise JobError([f"{name}: requires --mix-real; give both, or omit it" for name in names])
 
-    if given is not None and mix_real is None:
-        raise JobError("--real-ratio: requires --mix-real; give both, or omit it")
-    return DEFAULT_REAL_RATIO if given is None else given
+
+def _preview(runs: list[str], options: ExportOptions, as_json: bool) -> None:
+    from engine.data.reading.export import preview
+
+    document = preview(tuple(runs), options)
+    if as_json:
+        print_json(document)
+        return
+    for run in document["runs"]:
+        print(f"{run['uri']}: {run['num_taken']} samples")
+    for notice in document["notices"]:
+        print(_wrapped(notice))
+    real = ", and real ones" if options.real is not None else ""
+    more = " before near duplicates are left out" if options.deduplicate is not None else ""
+    print(f"{document['images']} images{more}{real} would be in {document['output']}; nothing is written")
 
 
 def _export(runs: list[str], options: ExportOptions, as_json: bool) -> None:
     from engine.data.reading.export import export as export_runs
 
+    # Before work begins, whatever becomes of it.
+    say = complain if as_json else print
     with stop_on_signals(NOTHING_STORED), contextlib.closing(make_display()) as display:
-        exported = export_runs(tuple(runs), options, display.advance)
+        exported = export_runs(tuple(runs), options, display.advance, lambda notice: say(_wrapped(notice)))
     if as_json:
         print_json(exported.manifest)
         return
     for line in exported.remarks:
-        print(line)
+        print(_wrapped(line))
     counts = exported.manifest["counts"]
     real = f", {counts['real']} of them real" if counts["real"] else ""
     print(f"{counts['images']} images{real} in {exported.path}")
+
+
+def _wrapped(text: str) -> str:
+    """A line for a terminal, continued below where it is long."""
+    return textwrap.fill(text, MAX_COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _print_inspection(inspection: Inspection) -> None:

@@ -17,7 +17,9 @@ from engine.errors import JobError, first_line
 from engine.job.parsing import MAX_KEYS, apply_overrides, list_limit, parse_job
 from engine.job.spec import JobSpec
 from engine.models.custom_methods import custom_methods
-from engine.models.factories import add_import_folders, factories
+from engine.models.factories import add_import_folders
+from engine.models.factory_cache import kept_import_folders
+from engine.models.factory_folders import runs_code
 from engine.terminal import redacted
 
 MAX_JOB_BYTES = 16 * 2**20
@@ -152,12 +154,25 @@ def let_import(job: JobSpec, *folders: Path) -> None:
     import_factories([*models.targets, *models.transfer, *models.all_oracles, *custom_methods(job)], *folders)
 
 
+def let_import_of_run(run: str, job: JobSpec) -> None:
+    """Make the factories of a run's job importable: from the working folder, and from where the run had them.
+
+    Side effects: as `let_import`.
+    """
+    let_import(job, Path.cwd(), *folders_of_run(run))
+
+
+def folders_of_run(run: str) -> list[Path]:
+    """Where the factories of a run were imported from on this machine; empty where that is not known."""
+    return kept_import_folders(open_store(run).uri)
+
+
 def import_factories(addresses: Iterable[str | None], *folders: Path) -> None:
     """Make the factories among these addresses importable from these folders.
 
     Side effects: adds the folders to `sys.path` if there is a factory.
     """
-    if any(factories(addresses)):
+    if any(runs_code(address) for address in addresses if address):
         add_import_folders(str(folder.resolve()) for folder in folders)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,7 +21,16 @@ from engine.commands.arguments import (
     make_executor,
 )
 from engine.commands.neighbours_output import print_neighbours
-from engine.commands.output import MAX_LISTED, complain, make_console, make_display, print_json, print_some
+from engine.commands.output import (
+    MAX_LISTED,
+    TERMINAL_COLUMNS,
+    complain,
+    make_console,
+    make_display,
+    print_json,
+    print_some,
+    warn,
+)
 from engine.commands.stopping import NOTHING_STORED, stop_on_signals
 from engine.driver.executors.registry import DEFAULT_EXECUTOR, EXECUTORS
 from engine.errors import EXIT_DRAINED, JobError
@@ -71,11 +81,13 @@ def plan(
     target = _described_target(spec)
     if as_json:
         fields = _cost_fields(spec, cost, price_per_hour) | {"target": target} | _further_targets(spec)
-        print_json(fields | ({"guidance_decoder": advice} if advice else {}))
+        fields |= {"retrain": _described_training(spec)}
+        print_json(fields | ({"guidance_decoder": advice} if advice else {}) | _warnings(spec))
     else:
         _print_cost(spec, cost, price_per_hour)
         _print_target(spec, target)
         _print_advice(spec, advice, is_counted=calibrate)
+        _print_warnings(spec)
 
 
 DataOption = Annotated[
@@ -233,10 +245,11 @@ def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
     missing, target = missing_artefacts(job), _described_target(job)
     if as_json:
         checked = {"valid": True, "classes_checked": labels is not None, "to_prepare": missing, "target": target}
-        print_json(checked | _further_targets(job))
+        print_json(checked | _further_targets(job) | {"retrain": _described_training(job)} | _warnings(job))
         return
     print(f"{path} is valid")
     _print_target(job, target)
+    _print_warnings(job)
     for line in missing:
         print(f"to prepare before the run: {line}")
     if labels is None:
@@ -260,6 +273,14 @@ def _further_targets(job: JobSpec) -> dict[str, Any]:
     return {"further_targets": targets} if targets else {}
 
 
+def _described_training(job: JobSpec) -> dict[str, Any]:
+    """Whether `retrain` can fine-tune the target, and a line that says what to do where it cannot."""
+    from engine.models.trainability import training_line, untrainable
+
+    address = job.models.target
+    return {"can_train": not untrainable(address), "line": training_line(address, job.output.uri)}
+
+
 def _print_target(job: JobSpec, target: dict[str, Any]) -> None:
     """Print the temperature of the target; where its artefact is missing, that it has to be made."""
     from engine.models.calibration import temperature_text
@@ -274,8 +295,22 @@ def _print_target(job: JobSpec, target: dict[str, Any]) -> None:
         print(f"target {number + 2}: {one['address']} guides too" + (f"; its temperature: {own}" if own else ""))
     if further := len(job.models.further_targets):
         print(f"each guided step differentiates {further + 1} targets")
+    print(_described_training(job)["line"])
     if job.oracle_guides:
         print(f"guidance differentiates the oracle {job.models.all_oracles[-1]} too; acceptance does not ask it")
+
+
+def _warnings(job: JobSpec) -> dict[str, list[str]]:
+    """What a job asks for that is of no use; nothing where there is none."""
+    from engine.models.artefacts import artefact_warnings
+
+    lines = artefact_warnings(job)
+    return {"warnings": lines} if lines else {}
+
+
+def _print_warnings(job: JobSpec) -> None:
+    for line in _warnings(job).get("warnings", [])[:MAX_LISTED]:
+        warn(line)
 
 
 def _measure(job: JobSpec, planned: Plan) -> Any:
@@ -394,11 +429,18 @@ def _print_prepared(prepared: Prepared, job: JobSpec) -> None:
 
 
 def _print_predictor(conditioning: Conditioning) -> None:
-    print(f"predictor      {conditioning.fit.verdict}")
+    _print_wrapped("predictor", conditioning.fit.verdict)
     if conditioning.fit.evaluation is not None:
         pooled, threshold = conditioning.fit.evaluation.pooled, conditioning.fit.evaluation.threshold
         precision = "not defined (no alarm)" if pooled.precision is None else f"{pooled.precision:.2f}"
         print(f"               precision {precision}, recall {pooled.recall:.2f} above a confidence of {threshold:g}")
+    if conditioning.fit.advice:
+        _print_wrapped("", f"what to do: {conditioning.fit.advice}")
+
+
+def _print_wrapped(heading: str, text: str) -> None:
+    """Print a text beside a heading, broken into lines."""
+    print(textwrap.fill(text, TERMINAL_COLUMNS, initial_indent=f"{heading:<15}", subsequent_indent=" " * 15))
 
 
 def _print_temperature(fit: TemperatureFit) -> None:

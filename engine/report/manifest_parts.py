@@ -10,6 +10,7 @@ import numpy as np
 from engine.data.run.file_names import RESCORED_FROM
 from engine.data.run.manifest_reading import manifest_error
 from engine.data.run.notices import known_notices
+from engine.data.run.run_warnings import known_warnings
 from engine.data.stores.base import Store
 from engine.job.columns import NO_CLASS
 from engine.models.calibration import model_notes
@@ -44,6 +45,7 @@ def manifest_context(store: Store, manifest: dict[str, Any], rows: Rows, names: 
             "acceptance": acceptance_table(rows, manifest["counts"].get("quotas", {})),
             "throughput_note": _throughput_note(manifest),
             "notices": known_notices(manifest),
+            "warnings": known_warnings(manifest),
             "models": _models(manifest["models"]),
             "facts": _facts(manifest),
         }

@@ -38,7 +38,7 @@ from engine.job.columns import (
     target_first,
     units_text,
 )
-from engine.models.factories import is_factory
+from engine.models.factory_folders import runs_code
 from engine.models.labels import read_labels
 from engine.report.charts import histogram
 from engine.report.data import (
@@ -329,7 +329,7 @@ def _labels(manifest: dict[str, Any]) -> list[str]:
         return noted
     address = manifest["job"]["models"]["target"]
     try:
-        return [] if is_factory(address) else read_labels(address) or []
+        return [] if runs_code(address) else read_labels(address) or []
     except JobError:
         return []
 

@@ -19,8 +19,11 @@ TIMM_INFO = "shards/_info.json"
 SURPLUS_LIST = "shards/surplus.txt"
 # The schema version from which on every closed run has its list of surplus.
 SURPLUS_LIST_SINCE = 3
-# In an export to a folder by class: the label of each of its folders.
+# In an export: the name of each class by its index; of a folder by class also the label of each of its folders, and
+# the folders in the order of labels, which is timm's `class_map`.
 CLASSES = "classes.json"
+FOLDER_LABELS = "folders.json"
+CLASS_MAP = "class_map.txt"
 # Folders of `riskforge rescore`, one for each target, and the file that marks such a folder.
 RESCORED = "rescored"
 RESCORING = "_state/rescoring.json"

@@ -39,6 +39,7 @@ class Models:
     """Addresses and digests of the new classifiers; `transfer` and `oracles` only where they are given.
 
     Attributes:
+        named: address of the target that the results have.
         calibration: address of the artefact that the target's temperature is of; None for the target's own.
         described: the temperature, as in the description of a run's target.
         guided: digests of the targets that guided the run, where it has several; empty where it has one.
@@ -52,6 +53,7 @@ class Models:
     transfer: tuple[str, ...]
     oracles: tuple[str, ...]
     digests: dict[str, Any]
+    named: str = ""
     guided: frozenset[str] = frozenset()
     validity: ValidityModel | None = None
 
@@ -94,8 +96,12 @@ def open_rescoring(
     oracles: Sequence[str],
     output: str | None,
     calibration: str | None = None,
+    named: str | None = None,
 ) -> Rescoring:
     """Open a run and the folder for its new scores, and check the classifiers.
+
+    Args:
+        named: address of the target for the results; that of `target` where not given.
 
     Raises:
         JobError: a model is not there or has other classes.
@@ -106,7 +112,7 @@ def open_rescoring(
     labels = _labels_of(run, job)
     models = _check_models(target, transfer, _with_guiding(oracles, job), labels)
     models = replace(models, guided=_guided(plan), validity=_validity(models, plan))
-    models = _calibrated(models, run, job, plan, calibration)
+    models = replace(_calibrated(models, run, job, plan, calibration), named=named or target)
     folder = open_store(output or run.address(f"{RESCORED}/{_folder_name(target, models)}"))
     rescoring = Rescoring(run=run, folder=folder, job=job, plan=plan, labels=labels, models=models)
     _check_folder(rescoring)
