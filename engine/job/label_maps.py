@@ -185,8 +185,9 @@ class _Lookup:
         Raises:
             ValueError: there is none, or several.
         """
-        candidates = sorted(self._by_form.get(folded(word), ()))
-        found = [candidates[place] for place in find_class(word, [self._labels[index] for index in candidates])]
+        found = candidates = sorted(self._by_form.get(folded(word), ()))
+        if len(candidates) > 1:
+            found = [candidates[place] for place in find_class(word, [self._labels[index] for index in candidates])]
         if not found and is_index(word) and not self._is_numeric and int(word) < len(self._labels):
             return int(word)
         if len(found) > 1:
