@@ -43,13 +43,22 @@ def rescore(
         str | None,
         typer.Option(metavar="FOLDER", help="Folder for the new scores. Default: RUN/rescored/TARGET-DIGEST."),
     ] = None,
+    label_map: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Of classifiers with other class names than the run, by address: {ADDRESS: {theirs: the run's}}.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Score a run's images with another target: writes new metadata next to the old, samples nothing."""
-    from engine.commands.jobfile import import_factories
+    from engine.commands.jobfile import import_factories, read_label_maps
     from engine.studies.rescore.program import rescore_run
 
     import_factories([target, *(transfer or ()), *(oracle or ())], Path.cwd())
+    maps = read_label_maps(label_map, "--label-map") if label_map else None
     with stop_on_signals("stopped; the same command continues"), contextlib.closing(make_display()) as display:
         rescored = rescore_run(
             run,
@@ -58,6 +67,7 @@ def rescore(
             oracles=oracle or (),
             calibration=calibration,
             output=output,
+            label_map=maps,
             advance=display.advance,
             notice=display.notice,
         )

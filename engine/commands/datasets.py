@@ -15,7 +15,7 @@ from engine.commands.output import MAX_LISTED, complain, make_console, make_disp
 from engine.commands.sample_list import print_samples
 from engine.commands.stopping import NOTHING_STORED, stop_on_signals
 from engine.data.reading.format_registry import DEFAULT_FORMAT, FORMATS
-from engine.errors import EXIT_DAMAGED, JobError
+from engine.errors import EXIT_DAMAGED, CorruptShardError, JobError
 from engine.terminal import ELLIPSIS, printable
 from engine.terminal import show as print
 
@@ -184,27 +184,34 @@ def _list_samples(corpus: Corpus, limit: int | None, save: Path | None, image: s
 
     samples = listing.list_samples(corpus, limit)
     saved = None if save is None else listing.save_images(corpus, samples, save, image)
+    further: dict[str, Any] = {}
     if as_json:
         uris = [source.uri for source in corpus.runs]
-        further: dict[str, Any] = {"listed": [sample.to_document(uris[sample.run]) for sample in samples]}
-        if saved is not None:
-            missing = [{"key": key, "reason": reason} for key, reason in saved.missing]
-            counts = {"written": saved.num_written, "there": saved.num_equal, "missing": missing}
-            further["saved"] = {"folder": str(save)} | counts
-        _show_contents(corpus, True, further)
-    else:
-        _show_contents(corpus, False, {})
+        further["listed"] = [sample.to_document(uris[sample.run]) for sample in samples]
+        further |= {} if saved is None else {"saved": _saved_document(saved, save)}
+    damage = None
+    try:
+        _show_contents(corpus, as_json, further)
+    except CorruptShardError as error:
+        # The list and what was written are reported all the same.
+        damage = error
+    if not as_json:
         print_samples(corpus, samples, limit)
     if saved is not None:
         _report_saved(saved, save, as_json)
+    if damage is not None:
+        raise damage
+    if saved is not None and saved.is_damaged:
+        raise typer.Exit(EXIT_DAMAGED)
+
+
+def _saved_document(saved: SavedImages, folder: Path | None) -> dict[str, Any]:
+    missing = [{"key": key, "reason": reason} for key, reason in saved.missing]
+    return {"folder": str(folder), "written": saved.num_written, "there": saved.num_equal, "missing": missing}
 
 
 def _report_saved(saved: SavedImages, folder: Path | None, as_json: bool) -> None:
-    """Print how many images were written, and on stderr the samples that have none.
-
-    Raises:
-        Exit: with the code of damage, where a run lacks an image that it should have.
-    """
+    """Print how many images were written, and on stderr the samples that have none."""
     if not as_json:
         there = f", {saved.num_equal} were there already" if saved.num_equal else ""
         print(f"{saved.num_written} images written to {folder}{there}")
@@ -214,8 +221,6 @@ def _report_saved(saved: SavedImages, folder: Path | None, as_json: bool) -> Non
             complain(f"  {key}: {reason}")
         if len(saved.missing) > MAX_LISTED:
             complain(f"  and {len(saved.missing) - MAX_LISTED} more")
-    if saved.is_damaged:
-        raise typer.Exit(EXIT_DAMAGED)
 
 
 def _value_text(value: object) -> str:
