@@ -29,6 +29,7 @@ from engine.driver.executors.local import LocalExecutor
 from engine.driver.progress import MAX_GROUP_ROWS, LiveDisplay, PlainDisplay, Tally, byte_size, duration, medians_table
 from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OWNED, EXIT_USER
 from engine.job.columns import Role, columns_with
+from engine.job.plan import Extent
 from engine.terminal import safe_console
 from tests.conftest import REPOSITORY
 from tests.job_cases import ENGINE_JOBS
@@ -379,7 +380,29 @@ def test_the_live_table_shows_requests(tally):
     display.notice("shard 3 [is] late")
     display.close()
     text = stream.getvalue()
-    assert "starting Ray" in text and "6/20" in text and "3 / 4" in text and "shard 3 [is] late" in text
+    assert "starting Ray" in text and "6/20" in text and "3 of 4" in text and "shard 3 [is] late" in text
+
+
+def test_progress_of_quotas_is_what_counts_of_what_is_wanted(tmp_path):
+    """Ten classes of two each: what one has beyond its quota is not what another lacks. In lines and in the table."""
+    job = make_job(tmp_path, 2, request={"accept": {"is_error": True}})
+    full, none = ShardCounts(ok=2, accepted=2), ShardCounts(rejected=2)
+    tally = Tally(plan_job(job), {0: full, 1: none})
+    assert (tally.requests[0].counted, tally.total.wanted) == (2, 20)
+    plan = plan_job(job).grown((Extent(request=0, cell=1, start=2, stop=6, samples_per_shard=4),))
+    tally.grow(plan)
+    tally.commit(0, plan.num_shards - 1, ShardCounts(ok=4, accepted=4), 1.0)
+    assert (tally.requests[0].accepted, tally.requests[0].counted) == (6, 4)
+    stream = io.StringIO()
+    display = PlainDisplay(stream, clock=lambda: 0.0)
+    display._shown["all"] = 0
+    display.show(tally)
+    assert "all 8/24 samples, accepted 4 of 20 wanted" in stream.getvalue()
+    live = io.StringIO()
+    table = LiveDisplay(Console(file=live, force_terminal=True, width=100))
+    table.show(tally)
+    table.close()
+    assert "4 of 20 wanted" in live.getvalue()
 
 
 @pytest.mark.parametrize(

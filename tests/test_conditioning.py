@@ -229,7 +229,7 @@ def test_separable_errors_are_learned(standardise):
     pooled = fit.evaluation.pooled
     assert pooled.auc > 0.95 and pooled.recall > 0.8 and pooled.precision > 0.6
     assert pooled.auc_low > 0.9
-    assert fit.verdict.startswith("better than chance: AUC ")
+    assert fit.verdict.startswith("better than chance: AUC ") and not fit.advice
 
 
 def test_noise_is_said_to_be_near_chance():
@@ -241,6 +241,7 @@ def test_noise_is_said_to_be_near_chance():
         fits.append(fit_predictor(embeds, errors, classes, LABELS, PredictorOptions(seed=seed, epochs=5)))
     near = [fit for fit in fits if fit.evaluation.pooled.verdict.startswith("near chance")]
     assert len(near) >= 7
+    assert all("method: risky" in fit.advice and "more images" in fit.advice for fit in near)
     assert all(fit.verdict.startswith("near chance: AUC 0.") and "includes 0.5" in fit.verdict for fit in near)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -31,6 +32,7 @@ from engine.data.reading.deduplicate import near_duplicates
 from engine.data.reading.export import export
 from engine.data.reading.export_options import ExportOptions
 from engine.data.reading.formats import class_folders
+from engine.data.reading.listing import list_samples, save_images
 from engine.data.reading.selection import SampleReader
 from engine.data.run import shard_writing
 from engine.data.run.shards import inspect_pair, read_shard
@@ -610,6 +612,78 @@ def test_inspect_shows_and_saves_one_sample(first: Path, tmp_path: Path, capsys:
     assert "no image of" in capsys.readouterr().err and not (tmp_path / "two.png").exists()
     assert riskforge("inspect", first, "--save", tmp_path / "two.png") == 2
     assert riskforge("inspect", first, "--filter", "risk > 1000") == 0
+
+
+def test_inspect_lists_what_a_filter_selects(first: Path, second: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Keys from the highest risk on, with class, context, prediction and risk; no more than asked for."""
+    chosen = engine.open_run(str(first)).filter("scored and risk > 1").to_table().to_pylist()
+    chosen.sort(key=lambda row: (-row["risk"], row["key"]))
+    assert riskforge("inspect", first, "--filter", "scored and risk > 1", "--limit", "3") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith(f"3 of {len(chosen)} samples, from the highest risk on")
+    assert lines[-5].split()[:2] == ["key", "class"] and max(map(len, lines[-5:])) <= 100
+    for line, row in zip(lines[-4:-1], chosen[:3], strict=True):
+        assert line.startswith(row["key"]) and f"{row['risk']:.3g}" in line
+        assert LABELS[row["predicted_class"]] in line and (row["context"][:20] or "-") in line
+    assert riskforge("inspect", first, second, "--filter", "risk > 1", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)["listed"]
+    both = engine.open_run(str(first), str(second)).filter("risk > 1").to_table().to_pylist()
+    assert len(listed) == len(both) and {one["run"] for one in listed} == {str(first), str(second)}
+    assert [one["risk"] for one in listed] == sorted((row["risk"] for row in both), reverse=True)
+    assert riskforge("inspect", first, "--filter", "risk > 1000") == 0
+    assert capsys.readouterr().out.endswith("no sample passes the filter\n")
+
+
+def test_inspect_saves_what_it_lists(
+    first: Path, second: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By key, byte for byte; again without harm; never over another file; what has no image is named."""
+    home, stored = tmp_path / "images", images_of(first)
+    missing = engine.open_run(str(first)).filter("status == 'failed'").to_table(["key"])["key"].to_pylist()
+    assert riskforge("inspect", first, "--limit", "100", "--save", home) == 0
+    printed = capsys.readouterr()
+    assert f"{len(stored)} images written to {home}" in printed.out
+    assert f"no image of {len(missing)} samples" in printed.err
+    assert f"{missing[0]}: failed, no image is stored" in printed.err
+    assert {path.stem: path.read_bytes() for path in home.iterdir()} == {
+        key: image for key, (image, _) in stored.items()
+    }
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / f"{max(stored)}.png").write_bytes(b"mine")
+    assert riskforge("inspect", first, "--filter", "status != 'failed'", "--save", home) == 0
+    assert f"0 images written to {home}, {len(stored)} were there already" in capsys.readouterr().out
+    assert riskforge("inspect", first, "--filter", "status != 'failed'", "--save", other) == 2
+    assert "is there already, with other content" in capsys.readouterr().err
+    assert [path.read_bytes() for path in other.iterdir()] == [b"mine"]
+    assert riskforge("inspect", first, second, "--filter", "accepted", "--save", tmp_path / "both", "--json") == 0
+    saved = json.loads(capsys.readouterr().out)["saved"]
+    assert saved["written"] == len(list((tmp_path / "both").glob("*.png"))) and saved["missing"] == []
+    assert list((tmp_path / "both").glob("r2-*"))
+    for options, reason in (
+        (("--key", "x", "--limit", "2"), "--limit: lists several samples"),
+        (("--save", tmp_path / "a"), "--save: select samples with --filter"),
+        (("--filter", "accepted", "--save", first / "manifest.json"), "--save"),
+    ):
+        assert riskforge("inspect", first, *options) == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_images_of_a_damaged_tar_are_named(first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The others are written; a key that leads out of the folder is no name of a file."""
+    run = shutil.copytree(first, tmp_path / "run")
+    [tar, *_] = sorted((run / "shards").glob("*.tar"))
+    lost = [key for key, _, _, _ in read_shard(tar)]
+    tar.unlink()
+    assert riskforge("inspect", run, "--filter", "status != 'failed'", "--save", tmp_path / "some") == 2
+    err = capsys.readouterr().err
+    assert f"no image of {len(lost)} samples" in err and f"error: {tar}: is missing" in err
+    assert all(f"{key}: " in err for key in lost[:20])
+    assert len(list((tmp_path / "some").iterdir())) == len(images_of(first)) - len(lost)
+    samples = list_samples(engine.open_run(str(first)).filter("accepted"), 1)
+    planted = [dataclasses.replace(sample, key="../planted") for sample in samples]
+    saved = save_images(engine.open_run(str(first)), planted, tmp_path / "planted")
+    assert saved.num_written == 0 and saved.missing and not (tmp_path / "planted.png").exists()
 
 
 def test_looking_needs_no_torch(first: Path) -> None:

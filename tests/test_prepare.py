@@ -384,6 +384,22 @@ def test_the_command_tells_what_it_found(call, folder, tmp_path):
     assert f"artefact       {path} (existed already, equal)" in call(*command)[1]
 
 
+def test_a_worthless_predictor_comes_with_what_to_do(call, folder, tmp_path):
+    """Of a few images nothing can be learnt: on the terminal in lines that fit, and in the artefact."""
+    for path in sorted(folder.rglob("*1.png")):
+        target = tmp_path / "data" / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    code, out, err = call("prepare", QUICKSTART, "--data", tmp_path / "data", "--output", tmp_path / "home")
+    assert code == 0, err
+    (path,) = (tmp_path / "home").iterdir()
+    advice = json.loads((path / "conditioning.json").read_text())["predictor"]["advice"]
+    assert load_conditioning(path).fit.advice == advice
+    assert "prepare from more images: the target errs on" in advice and "method: risky" in advice
+    assert advice in " ".join(out.split())
+    assert max(len(line) for line in out.splitlines() if line.startswith(("predictor", " " * 15))) <= 100
+
+
 def test_an_interrupt_stores_nothing_and_says_so(monkeypatch, capsys, tmp_path):
     """The exit code for later, one line."""
 

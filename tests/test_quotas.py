@@ -16,7 +16,7 @@ from engine.driver.executors.local import LocalExecutor
 from engine.driver.run import run_job
 from engine.errors import EXIT_INCOMPLETE, EXIT_OK, JobError, OutputError, OwnedError, RiskforgeError
 from engine.job.parsing import parse_job
-from engine.job.plan import MIN_ROUND, Extent, build_plan, next_stage
+from engine.job.plan import Extent, build_plan, next_stage
 from engine.job.quotas import MAX_GROWTH, Quotas, replay, round_size
 from tests.sleepy import Faults, Recorder, make_job, run_sleepy, tars
 
@@ -93,18 +93,47 @@ class Taken:
 def test_rounds_are_neither_timid_nor_reckless():
     """As many as the measured yield asks for; never beyond the limit, nor many times what was measured on."""
     assert round_size(100, 1000, 100, 100, 50) == 100  # 50 missing at (50 + 1) / (100 + 2)
-    assert round_size(100, 1000, 100, 100, 99) == MIN_ROUND
+    assert round_size(100, 1000, 100, 100, 99) == 1
     assert round_size(100, 10_000, 100, 100, 0) == MAX_GROWTH * 100
     assert round_size(100, 150, 100, 100, 0) == 50
-    assert round_size(100, 1000, 100, 100, 47) == 113  # 53 missing at (47 + 1) / (100 + 2), rounded up
+    assert round_size(100, 1000, 100, 100, 47) == 113  # 53 missing at (47 + 1) / (100 + 2), to the nearest
     assert round_size(100, 150, 100, 20, 0) == 50, "attempts of a shard in quarantine count"
     assert round_size(100, 100, 100, 100, 0) == round_size(100, 1000, 200, 200, 100) == 0
 
 
-def test_the_pilot_keeps_to_the_limit_of_attempts(tmp_path):
-    """It fills a batch where it may."""
-    assert {extent.stop for extent in plan_of(tmp_path, count=3, max_attempts="2x").extents} == {6}
-    assert {extent.stop for extent in plan_of(tmp_path, count=3, max_attempts="20x").extents} == {MIN_ROUND}
+def test_a_round_aims_at_what_is_missing():
+    """By the yield that it is decided on, over all of its inputs: under one and a half times what is missing."""
+    for wanted in (1, 2, 3, 5, 16, 40):
+        for attempted in (1, 2, 5, 16, 40, 100):
+            for accepted in range(min(wanted, attempted + 1)):
+                size, missing = round_size(wanted, 10**9, attempted, attempted, accepted), wanted - accepted
+                assert size >= 1 and 2 * size * (accepted + 1) < 3 * missing * (attempted + 2)
+
+
+@pytest.mark.parametrize("wanted", [4, 20, 100])
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 1.0])
+def test_the_last_round_makes_little_more_than_is_missing(wanted, share):
+    """Played with the yield that a class really has: surplus stays small, and so does the number of rounds."""
+    surplus, rounds, overshoots, num_runs = 0, 0, 0, 200
+    for seed in range(num_runs):
+        draw, planned, accepted, size = random.Random(seed), 0, 0, wanted
+        while size:
+            missing, made = wanted - accepted, sum(draw.random() < share for _ in range(size))
+            planned, accepted, rounds = planned + size, accepted + made, rounds + 1
+            is_wide = size * share > 2 * missing
+            size = round_size(wanted, 10**9, planned, planned, accepted)
+        surplus += accepted - wanted
+        # The first round for a class that was unlucky before may be wide, as nothing else is known of it.
+        overshoots += is_wide
+    assert overshoots <= 0.15 * num_runs
+    assert surplus / num_runs <= max(3.0, 0.1 * wanted) and rounds / num_runs < 6
+    assert share < 1 or (surplus, rounds) == (0, num_runs)
+
+
+def test_the_first_round_is_as_large_as_the_quota(tmp_path):
+    """Also a small one: where all are accepted nothing is made in vain."""
+    for count in (1, 3, 40):
+        assert {extent.stop for extent in plan_of(tmp_path, count=count).extents} == {count}
 
 
 def test_a_grown_quota_begins_no_round_by_itself(tmp_path):

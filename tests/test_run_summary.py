@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine.data.run.counts import ShardCounts
+from engine.data.run.run_warnings import run_warnings
 from engine.data.stores.opening import open_store
 from engine.driver.checks import plan_job
 from engine.driver.run_loop import RunLoopResult
@@ -67,6 +68,7 @@ def test_an_unfilled_quota_is_named_with_its_class(tmp_path):
     rule = {"accept": {"is_error": True}, "max_attempts": "2x", "classes": [3], "count": 20}
     rejected = {2: ShardCounts(ok=1, rejected=3, accepted=1)}
     made = summary(tmp_path, rejected, **rule)
+    assert made.quotas == ("all: 17 of 20 wanted accepted, in 20 attempts",)
     assert made.exit_code == EXIT_INCOMPLETE and made.short == ("all, three: 17 of 20 accepted in 20 attempts",)
     assert summary(tmp_path, rejected, "SIGINT", **rule).short == ()
 
@@ -76,21 +78,41 @@ def manifest(screening=None, requests=None, dials=None):
 
 
 def test_remarks_on_screening():
-    """Over all classes, with the range of their rates; with advice where no draw passed."""
+    """Over all classes, with the range of their rates."""
     classes = [
         {"screened": 3, "samples": 4, "draws": 10, "acceptance_rate": 0.3},
         {"screened": 0, "samples": 4, "draws": 20, "acceptance_rate": 0.05},
     ]
     [line] = _remarks(manifest(screening={"r": classes}))
     assert line == "r: 3 of 8 samples screened in 30 draws; acceptance rate by class 5.0% to 30.0%"
-    lines = _remarks(manifest(screening={"r": classes[1:]}))
-    assert lines[1] == "r: no draw passed; lower conditioning.threshold, or raise max_draws"
 
 
-def test_remarks_on_rules_and_risk_targets():
-    """A rule that accepted nothing is named, one that rejected nothing is not."""
+def test_draws_that_never_passed_are_a_warning():
+    """Of a request, or of some of its classes by name; a class without samples so far is none of them."""
+    passed, never, absent = (
+        {"class_index": index, "samples": samples, "screened": screened, "draws": 5 * samples}
+        for index, samples, screened in ((3, 4, 1), (5, 4, 0), (7, 0, 0))
+    )
+    names = {3: "three", 5: "five", 7: "seven"}
+    [line] = run_warnings({"screening": {"r": [passed, never, absent]}}, names)
+    assert line.startswith("r: none of 20 draws for 4 samples of five passed the screening") and "threshold" in line
+    [line] = run_warnings({"screening": {"r": [never, absent]}}, names)
+    assert line.startswith("r: none of 20 draws for 4 samples passed the screening")
+    assert run_warnings({"screening": {"r": [passed, absent]}}, names) == []
+
+
+def test_rules_that_accepted_nothing_are_a_warning():
+    """Of all classes together, or of some that have a quota; one that rejected nothing is none."""
     counts = {"all": {"rejected": 9, "accepted": 0, "attempted": 9}, "some": {"rejected": 8, "accepted": 1}}
-    assert _remarks(manifest(requests=counts)) == ["all: its rule accepted none of 9 samples"]
+    [line] = run_warnings({"requests": counts}, {})
+    assert line.startswith("all: its rule accepted none of 9 samples; ask for less in accept")
+    quotas = {"some": [{"class": "a", "attempted": 4, "accepted": 0}, {"class": "b", "attempted": 5, "accepted": 1}]}
+    [_, line] = run_warnings({"requests": counts, "quotas": quotas}, {})
+    assert line.startswith("some: its rule accepted none of 4 samples of a; ")
+
+
+def test_remarks_on_risk_targets():
+    """How near the risk came to the one that was asked for."""
     dial = {"share_within_tolerance": 0.25, "tolerance": 0.1, "risk_median": 1.5, "target_risk": 2.0}
     [line] = _remarks(manifest(dials={"r": dial | {"distance_median": 0.5}}))
     assert line == "r: median risk 1.50 for a risk target of 2; 25% within 0.1, half within 0.50"

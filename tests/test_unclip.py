@@ -219,6 +219,39 @@ def test_a_run_tells_of_its_screening_and_resumes(tmp_path, capsys):
     assert "nothing to do" in capsys.readouterr().out
 
 
+def test_draws_that_never_pass_are_warned_of_each_time_and_fail_a_strict_run(tmp_path, capsys):
+    """Terminal, card, report and manifest; again by the same command when nothing is left to do."""
+    hopeless = {"artefact": ARTEFACT, "threshold": 0.9999999, "max_draws": 1}
+    path = write_job(tmp_path, request("never", classes=["three"], count=1, conditioning=hopeless))
+    text = "never: none of 1 draws for 1 samples passed the screening"
+    for options, code in (((), 0), ((), 0), (("--strict",), 3)):
+        assert run_cli("run", path, "--executor", "local", *options) == code
+        err = capsys.readouterr().err
+        assert f"warning: {text}" in err and "method: risky" in " ".join(err.split())
+        assert max(len(line) for line in err.splitlines() if line.startswith(("warning", "  "))) <= 100
+    output = tmp_path / "run"
+    [warning] = json.loads((output / "manifest.json").read_text())["warnings"]
+    assert warning.startswith(text)
+    for name in ("README.md", "report.html"):
+        assert text in (output / name).read_text()
+
+
+def test_a_plan_warns_of_a_predictor_near_chance(tmp_path, capsys):
+    """An artefact from before there was advice, too; not where nothing is screened by it."""
+    folder = shutil.copytree(resolve_artefact(), tmp_path / "home/conditioning-1")
+    document = json.loads((folder / "conditioning.json").read_text())
+    document["predictor"]["evaluation"]["pooled"]["auc_low"] = 0.4
+    (folder / "conditioning.json").write_text(json.dumps(document))
+    for validate in ((), ("--validate",)):
+        assert run_cli("plan", write_job(tmp_path, request(conditioning=str(tmp_path / "home"))), *validate) == 0
+        assert "warning: requests.0.conditioning.artefact: the error predictor of" in (err := capsys.readouterr().err)
+        assert "method: risky" in " ".join(err.split())
+    free = {"artefact": str(tmp_path / "home"), "screening": False}
+    for conditioning in (free, ARTEFACT):
+        assert run_cli("plan", write_job(tmp_path, request(conditioning=conditioning)), "--json") == 0
+        assert "warnings" not in json.loads(capsys.readouterr().out)
+
+
 def test_another_artefact_is_another_run(tmp_path, capsys):
     """An artefact decides pixels: the same job with other statistics is refused, with the difference."""
     copy = tmp_path / "statistics"

@@ -12,17 +12,20 @@ import typer
 import engine
 from engine.commands.arguments import JsonOption
 from engine.commands.output import MAX_LISTED, complain, make_console, make_display, print_json
+from engine.commands.sample_list import print_samples
 from engine.commands.stopping import NOTHING_STORED, stop_on_signals
 from engine.data.reading.format_registry import DEFAULT_FORMAT, FORMATS
-from engine.errors import JobError
+from engine.errors import EXIT_DAMAGED, CorruptShardError, JobError
 from engine.terminal import ELLIPSIS, printable
 from engine.terminal import show as print
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from engine.data.reading.corpus import Corpus
     from engine.data.reading.export_options import ExportOptions
     from engine.data.reading.inspection import Inspection
+    from engine.data.reading.listing import SavedImages
 
     # A type checker takes no literals that are computed.
     FormatName = str
@@ -106,8 +109,21 @@ def inspect(
     runs: RunsArgument,
     filter_: FilterOption = None,
     key: Annotated[str | None, typer.Option(metavar="KEY", help="Show one sample with its whole record.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help=f"List, or with --save write, at most N samples. Default: list {MAX_LISTED}, write all.",
+        ),
+    ] = None,
     save: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the image of the sample; requires --key.")
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Write images: with --key that of the sample to this file, with --filter or --limit those of the"
+            " listed samples into this folder.",
+        ),
     ] = None,
     image: Annotated[
         Literal["sample", "start", "twin"],
@@ -115,22 +131,39 @@ def inspect(
     ] = "sample",
     as_json: JsonOption = False,
 ) -> None:
-    """Show the contents of runs, finished or not."""
-    from engine.data.reading import inspection
-
-    if save is not None and key is None:
-        raise JobError("--save: writes the image of one sample; select it with --key")
+    """Show the contents of runs, finished or not; with --filter list the samples, from the highest risk on."""
+    is_list = filter_ is not None or limit is not None
+    if save is not None and key is None and not is_list:
+        raise JobError("--save: select samples with --filter, or one with --key")
+    if key is not None and limit is not None:
+        raise JobError("--limit: lists several samples, and --key shows one; use one of them")
     if image != "sample" and save is None:
-        raise JobError(f"--image {image}: says what --save writes; give --save FILE")
+        raise JobError(f"--image {image}: says what --save writes; give --save PATH")
     corpus = engine.open_run(*runs)
     corpus = corpus if filter_ is None else corpus.filter(filter_, "--filter")
-    if key is None:
-        inspected = inspection.inspect(corpus)
-        if as_json:
-            print_json(inspected.document)
-        else:
-            _print_inspection(inspected)
-        return
+    if key is not None:
+        _show_sample(corpus, key, save, image, as_json)
+    elif is_list:
+        _list_samples(corpus, limit, save, image, as_json)
+    else:
+        _show_contents(corpus, as_json, {})
+
+
+def _show_contents(corpus: Corpus, as_json: bool, further: dict[str, Any]) -> None:
+    """Print what is in runs; `further` are keys of the document."""
+    from engine.data.reading import inspection
+
+    inspected = inspection.inspect(corpus)
+    if as_json:
+        print_json(inspected.document | further)
+    else:
+        _print_inspection(inspected)
+
+
+def _show_sample(corpus: Corpus, key: str, save: Path | None, image: str, as_json: bool) -> None:
+    """Print the record of a sample, and write its image."""
+    from engine.data.reading import inspection
+
     source, row = inspection.find_sample(corpus, key)
     if save is not None:
         is_own = image == "sample"
@@ -143,6 +176,51 @@ def inspect(
         print(f"{name:<20} {_value_text(value)}")
     if save is not None:
         print(f"image written to {save}")
+
+
+def _list_samples(corpus: Corpus, limit: int | None, save: Path | None, image: str, as_json: bool) -> None:
+    """Print what is in the selected rows, and list them; write their images."""
+    from engine.data.reading import listing
+
+    samples = listing.list_samples(corpus, limit)
+    saved = None if save is None else listing.save_images(corpus, samples, save, image)
+    further: dict[str, Any] = {}
+    if as_json:
+        uris = [source.uri for source in corpus.runs]
+        further["listed"] = [sample.to_document(uris[sample.run]) for sample in samples]
+        further |= {} if saved is None else {"saved": _saved_document(saved, save)}
+    damage = None
+    try:
+        _show_contents(corpus, as_json, further)
+    except CorruptShardError as error:
+        # The list and what was written are reported all the same.
+        damage = error
+    if not as_json:
+        print_samples(corpus, samples, limit)
+    if saved is not None:
+        _report_saved(saved, save, as_json)
+    if damage is not None:
+        raise damage
+    if saved is not None and saved.is_damaged:
+        raise typer.Exit(EXIT_DAMAGED)
+
+
+def _saved_document(saved: SavedImages, folder: Path | None) -> dict[str, Any]:
+    missing = [{"key": key, "reason": reason} for key, reason in saved.missing]
+    return {"folder": str(folder), "written": saved.num_written, "there": saved.num_equal, "missing": missing}
+
+
+def _report_saved(saved: SavedImages, folder: Path | None, as_json: bool) -> None:
+    """Print how many images were written, and on stderr the samples that have none."""
+    if not as_json:
+        there = f", {saved.num_equal} were there already" if saved.num_equal else ""
+        print(f"{saved.num_written} images written to {folder}{there}")
+    if saved.missing:
+        complain(f"no image of {len(saved.missing)} samples:")
+        for key, reason in saved.missing[:MAX_LISTED]:
+            complain(f"  {key}: {reason}")
+        if len(saved.missing) > MAX_LISTED:
+            complain(f"  and {len(saved.missing) - MAX_LISTED} more")
 
 
 def _value_text(value: object) -> str:

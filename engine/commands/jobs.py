@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,6 +12,7 @@ import typer
 
 from engine.commands.arguments import (
     AddressOption,
+    DateOption,
     JobArgument,
     JsonOption,
     SetOption,
@@ -19,7 +21,16 @@ from engine.commands.arguments import (
     make_executor,
 )
 from engine.commands.neighbours_output import print_neighbours
-from engine.commands.output import MAX_LISTED, complain, make_console, make_display, print_json, print_some
+from engine.commands.output import (
+    MAX_LISTED,
+    TERMINAL_COLUMNS,
+    complain,
+    make_console,
+    make_display,
+    print_json,
+    print_some,
+    warn,
+)
 from engine.commands.stopping import NOTHING_STORED, stop_on_signals
 from engine.driver.executors.registry import DEFAULT_EXECUTOR, EXECUTORS
 from engine.errors import EXIT_DRAINED, JobError
@@ -45,6 +56,7 @@ def plan(
     price_per_hour: Annotated[
         float | None, typer.Option(metavar="X", min=0, help="Price of one device-hour; requires --calibrate.")
     ] = None,
+    date: DateOption = None,
     set_: SetOption = None,
 ) -> None:
     """Show the shards, samples and cost of a job without running it."""
@@ -52,7 +64,7 @@ def plan(
         raise JobError("--calibrate: makes samples, and --validate only checks; use one of them")
     if price_per_hour is not None and not calibrate:
         raise JobError("--price-per-hour: requires measured hours; add --calibrate")
-    spec = load_job(job, set_)
+    spec = load_job(job, set_, date=date)
     if validate:
         _validate(job, spec, as_json)
         return
@@ -69,11 +81,13 @@ def plan(
     target = _described_target(spec)
     if as_json:
         fields = _cost_fields(spec, cost, price_per_hour) | {"target": target} | _further_targets(spec)
-        print_json(fields | ({"guidance_decoder": advice} if advice else {}))
+        fields |= _label_maps(spec) | {"retrain": _described_training(spec)}
+        print_json(fields | ({"guidance_decoder": advice} if advice else {}) | _warnings(spec))
     else:
         _print_cost(spec, cost, price_per_hour)
         _print_target(spec, target)
         _print_advice(spec, advice, is_counted=calibrate)
+        _print_warnings(spec)
 
 
 DataOption = Annotated[
@@ -231,10 +245,12 @@ def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
     missing, target = missing_artefacts(job), _described_target(job)
     if as_json:
         checked = {"valid": True, "classes_checked": labels is not None, "to_prepare": missing, "target": target}
-        print_json(checked | _further_targets(job))
+        fields = checked | _further_targets(job) | _label_maps(job) | {"retrain": _described_training(job)}
+        print_json(fields | _warnings(job))
         return
     print(f"{path} is valid")
     _print_target(job, target)
+    _print_warnings(job)
     for line in missing:
         print(f"to prepare before the run: {line}")
     if labels is None:
@@ -258,6 +274,14 @@ def _further_targets(job: JobSpec) -> dict[str, Any]:
     return {"further_targets": targets} if targets else {}
 
 
+def _described_training(job: JobSpec) -> dict[str, Any]:
+    """Whether `retrain` can fine-tune the target, and a line that says what to do where it cannot."""
+    from engine.models.trainability import training_line, untrainable
+
+    address = job.models.target
+    return {"can_train": not untrainable(address), "line": training_line(address, job.output.uri)}
+
+
 def _print_target(job: JobSpec, target: dict[str, Any]) -> None:
     """Print the temperature of the target; where its artefact is missing, that it has to be made."""
     from engine.models.calibration import temperature_text
@@ -272,8 +296,38 @@ def _print_target(job: JobSpec, target: dict[str, Any]) -> None:
         print(f"target {number + 2}: {one['address']} guides too" + (f"; its temperature: {own}" if own else ""))
     if further := len(job.models.further_targets):
         print(f"each guided step differentiates {further + 1} targets")
+    print(_described_training(job)["line"])
+    for line in _label_map_lines(job):
+        print(line)
     if job.oracle_guides:
         print(f"guidance differentiates the oracle {job.models.all_oracles[-1]} too; acceptance does not ask it")
+
+
+def _label_maps(job: JobSpec) -> dict[str, list[str]]:
+    lines = _label_map_lines(job)
+    return {"label_maps": lines} if lines else {}
+
+
+def _label_map_lines(job: JobSpec) -> list[str]:
+    """How models with other classes than the target are read; nothing where one is not on this machine yet."""
+    from engine.models.job_label_maps import label_map_lines
+    from engine.models.labels import read_labels
+
+    labels = read_labels(job.models.target)
+    return [] if labels is None else label_map_lines(job.models, labels)
+
+
+def _warnings(job: JobSpec) -> dict[str, list[str]]:
+    """What a job asks for that is of no use; nothing where there is none."""
+    from engine.models.artefacts import artefact_warnings
+
+    lines = artefact_warnings(job)
+    return {"warnings": lines} if lines else {}
+
+
+def _print_warnings(job: JobSpec) -> None:
+    for line in _warnings(job).get("warnings", [])[:MAX_LISTED]:
+        warn(line)
 
 
 def _measure(job: JobSpec, planned: Plan) -> Any:
@@ -392,11 +446,18 @@ def _print_prepared(prepared: Prepared, job: JobSpec) -> None:
 
 
 def _print_predictor(conditioning: Conditioning) -> None:
-    print(f"predictor      {conditioning.fit.verdict}")
+    _print_wrapped("predictor", conditioning.fit.verdict)
     if conditioning.fit.evaluation is not None:
         pooled, threshold = conditioning.fit.evaluation.pooled, conditioning.fit.evaluation.threshold
         precision = "not defined (no alarm)" if pooled.precision is None else f"{pooled.precision:.2f}"
         print(f"               precision {precision}, recall {pooled.recall:.2f} above a confidence of {threshold:g}")
+    if conditioning.fit.advice:
+        _print_wrapped("", f"what to do: {conditioning.fit.advice}")
+
+
+def _print_wrapped(heading: str, text: str) -> None:
+    """Print a text beside a heading, broken into lines."""
+    print(textwrap.fill(text, TERMINAL_COLUMNS, initial_indent=f"{heading:<15}", subsequent_indent=" " * 15))
 
 
 def _print_temperature(fit: TemperatureFit) -> None:

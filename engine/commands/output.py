@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from engine.terminal import show as print
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from engine.driver.progress import Display
 
 MAX_LISTED = 20
+# Of lines that are broken here, such as warnings.
+TERMINAL_COLUMNS = 100
 
 
 def make_display() -> Display:
@@ -34,7 +38,7 @@ def make_console(*, stderr: bool = False) -> Console:
     return safe_console(stream, width=None if stream.isatty() else TABLE_WIDTH)
 
 
-def print_some(lines: list[str], where: str = "conditioning.json") -> None:
+def print_some(lines: Sequence[str], where: str = "conditioning.json") -> None:
     """Print the first lines of a list; `where` names the file that has all of them."""
     for line in lines[:MAX_LISTED]:
         print(f"  {line}")
@@ -47,6 +51,11 @@ def print_json(value: Any, indent: int | None = 2) -> None:
     from engine.terminal import json_text
 
     print(json_text(value, indent), flush=True)
+
+
+def warn(text: str) -> None:
+    """Print a warning on stderr, broken into lines."""
+    complain(textwrap.fill(f"warning: {text}", TERMINAL_COLUMNS, subsequent_indent="  ", break_long_words=False))
 
 
 def complain(line: str) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from engine.commands.arguments import (
     AddressOption,
+    DateOption,
     ExecutorOption,
     JobArgument,
     JsonOption,
@@ -21,10 +22,10 @@ from engine.commands.arguments import (
     load_job,
     make_executor,
 )
-from engine.commands.output import MAX_LISTED, complain, make_console, make_display, print_json, print_some
+from engine.commands.output import MAX_LISTED, complain, make_console, make_display, print_json, print_some, warn
 from engine.commands.stopping import stop_on_signals
 from engine.driver.executors.registry import DEFAULT_EXECUTOR
-from engine.errors import EXIT_DAMAGED
+from engine.errors import EXIT_DAMAGED, EXIT_INCOMPLETE, EXIT_OK, RiskforgeError
 from engine.terminal import show as print
 
 if TYPE_CHECKING:
@@ -47,6 +48,12 @@ DeadlineOption = Annotated[
 DurationOption = Annotated[
     str | None, typer.Option(metavar="DURATION", help="Stop in an orderly way after this long, e.g. 8h.")
 ]
+StrictOption = Annotated[
+    bool,
+    typer.Option(
+        "--strict", help="End with exit code 3 where a request's draws never pass, or its rule accepts nothing."
+    ),
+]
 
 
 def run(
@@ -66,16 +73,29 @@ def run(
     grace: GraceOption = DEFAULT_GRACE,
     deadline: DeadlineOption = None,
     max_duration: DurationOption = None,
+    date: DateOption = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Compare the run with this baseline at its end (see `compare --pin`), in its report."
+        ),
+    ] = None,
+    strict: StrictOption = False,
     set_: SetOption = None,
 ) -> None:
     """Make the samples of a job; run the same command again to continue after an interruption."""
     limits = _limits(grace, deadline, max_duration)
     check_address(address, executor)
-    spec = load_job(job, set_, output=output, workers=workers, continues=resume != "overwrite")
+    spec = load_job(job, set_, output=output, workers=workers, continues=resume != "overwrite", date=date)
     from engine.commands.jobfile import quoting_comments
 
+    if baseline is not None:
+        from engine.studies.compare.baseline import read_baseline
+
+        # Refused now and not at the end of the night.
+        read_baseline(baseline)
     with quoting_comments(job):
-        _run(spec, executor, address, resume=resume, confirmed=yes, limits=limits)
+        _run(spec, executor, address, resume=resume, confirmed=yes, limits=limits, strict=strict, baseline=baseline)
 
 
 def retry(
@@ -86,9 +106,10 @@ def retry(
     grace: GraceOption = DEFAULT_GRACE,
     deadline: DeadlineOption = None,
     max_duration: DurationOption = None,
+    strict: StrictOption = False,
 ) -> None:
     """Retry the shards in quarantine, and make everything else that is missing."""
-    from engine.commands.jobfile import let_import
+    from engine.commands.jobfile import let_import_of_run
     from engine.data.run.stored_plan import stored_plan
     from engine.data.stores.opening import open_store
     from engine.job.parsing import apply_overrides, parse_job
@@ -96,10 +117,10 @@ def retry(
     limits = _limits(grace, deadline, max_duration)
     check_address(address, executor)
     spec, _ = stored_plan(open_store(run))
-    let_import(spec, Path.cwd())
+    let_import_of_run(run, spec)
     if workers is not None:
         spec = parse_job(apply_overrides(spec.model_dump(mode="json"), [("runtime.workers", workers)]))
-    _run(spec, executor, address, resume="auto", confirmed=False, limits=limits, retry=True)
+    _run(spec, executor, address, resume="auto", confirmed=False, limits=limits, retry=True, strict=strict)
 
 
 def status(
@@ -143,11 +164,11 @@ def verify(
     with contextlib.closing(make_display()) as display:
         verdict = verify_run(store, display.advance)
         if deep and not verdict.damage:
-            from engine.commands.jobfile import let_import
+            from engine.commands.jobfile import let_import_of_run
             from engine.data.run.stored_plan import stored_plan
             from engine.generation.rescorer import rescore
 
-            let_import(stored_plan(store)[0], Path.cwd())
+            let_import_of_run(run, stored_plan(store)[0])
             verdict = dataclasses.replace(
                 verdict, findings=verdict.findings + tuple(rescore(store, advance=display.advance))
             )
@@ -192,7 +213,8 @@ def report(run: RunArgument) -> None:
     from engine.report.render import write_report
 
     store = open_store(run)
-    write_report(store)
+    if problem := write_report(store):
+        complain(problem)
     print(store.address(REPORT))
 
 
@@ -204,7 +226,9 @@ def _run(
     resume: str,
     confirmed: bool,
     limits: SchedulerLimits,
+    strict: bool,
     retry: bool = False,
+    baseline: Path | None = None,
 ) -> None:
     """Run a job and exit with its exit code."""
     from engine.driver.run import run_job
@@ -220,7 +244,27 @@ def _run(
             retry=retry,
         )
     _print_summary(summary)
-    raise typer.Exit(summary.exit_code)
+    if baseline is not None and summary.report and summary.drained in ("", "deadline"):
+        _compare_with_pin(summary.uri, baseline)
+    is_failed = strict and summary.warnings and summary.exit_code == EXIT_OK
+    raise typer.Exit(EXIT_INCOMPLETE if is_failed else summary.exit_code)
+
+
+def _compare_with_pin(run: str, baseline: Path) -> None:
+    """Print how a run differs from its baseline, which is then in its report; the run's exit code is not changed."""
+    from engine.studies.compare.nights import night_names
+    from engine.studies.compare.pinned import compare_with_pin
+
+    try:
+        comparison = compare_with_pin(run, baseline)
+    except RiskforgeError as error:
+        complain(f"not compared with the baseline: {error}")
+        return
+    night, _ = night_names(comparison.old, comparison.new)
+    print(
+        f"against {night} ({baseline}): {len(comparison.new_failures)} new failures, {len(comparison.fixed)} fixed,"
+        f" {len(comparison.unpaired_failures)} without a pair; `riskforge compare` says more"
+    )
 
 
 def _limits(grace: str, deadline: str | None, max_duration: str | None) -> SchedulerLimits:
@@ -246,6 +290,7 @@ def _print_summary(summary: RunSummary) -> None:
         print(f"{summary.uri} is complete: all {summary.num_shards} shards exist, nothing to do")
     if summary.groups:
         make_console().print(medians_table(summary.groups))
+    print_some(summary.quotas, "manifest.json")
     print_some(summary.remarks, "manifest.json")
     if not summary.was_complete:
         print(f"{summary.num_committed} of {summary.num_shards} shards in {summary.uri} ({duration(summary.seconds)})")
@@ -258,6 +303,10 @@ def _print_summary(summary: RunSummary) -> None:
 
 def _complain_summary(summary: RunSummary) -> None:
     """Print on stderr what is missing from a run, and why."""
+    for text in summary.warnings[:MAX_LISTED]:
+        warn(text)
+    if len(summary.warnings) > MAX_LISTED:
+        complain(f"and {len(summary.warnings) - MAX_LISTED} more warnings, in the manifest")
     if summary.short:
         complain(f"error: {len(summary.short)} quotas are not filled within max_attempts:")
         for line in summary.short[:MAX_LISTED]:

@@ -39,6 +39,8 @@ class RequestTally:
     Attributes:
         total: samples in planned shards; grows with the rounds of a quota.
         committed: samples in committed shards, of any status.
+        wanted: accepted samples that its quotas ask for; 0 without quotas.
+        counted: accepted samples that count towards them, without those beyond the quota of their class.
         in_flight: samples done so far in shards in flight, by shard.
         started_at: time when its first samples in this session were started, None before any is done.
         done_before: samples that were done by then.
@@ -48,6 +50,8 @@ class RequestTally:
     total: int
     committed: int = 0
     accepted: int = 0
+    wanted: int = 0
+    counted: int = 0
     in_flight: dict[int, int] = field(default_factory=dict)
     started_at: float | None = None
     done_before: int = 0
@@ -81,14 +85,16 @@ class Tally:
         self._plan = plan
         self._is_committed = bytearray(plan.num_shards)
         planned = _planned(plan)
-        self.requests = [RequestTally(request.spec.name, planned[request.number]) for request in plan.requests]
-        self.total = RequestTally("all", plan.num_samples)
+        wanted = [request.total if request.spec.has_quota else 0 for request in plan.requests]
+        self.requests = [
+            RequestTally(request.spec.name, planned[request.number], wanted=wanted[request.number])
+            for request in plan.requests
+        ]
+        self.total = RequestTally("all", plan.num_samples, wanted=sum(wanted) if all(wanted) else 0)
+        self._accepted: Counter[tuple[int, int]] = Counter()
         self._last_seen: dict[int, float] = {}
         for shard, counts in committed.items():
-            self._is_committed[shard] = 1
-            for row in self._rows(shard):
-                row.committed += counts.attempted
-                row.accepted += counts.accepted
+            self._add(shard, counts)
 
     def grow(self, plan: Plan) -> None:
         """Extend the plan by rounds of quotas."""
@@ -114,16 +120,28 @@ class Tally:
     def commit(self, worker: int, shard: int, counts: ShardCounts, now: float) -> None:
         """Record that a shard was committed."""
         self._start_clocks(worker, shard, now)
-        self._is_committed[shard] = 1
-        for row in self._rows(shard):
-            row.in_flight.pop(shard, None)
-            row.committed += counts.attempted
-            row.accepted += counts.accepted
+        self.drop(shard)
+        self._add(shard, counts)
 
     def drop(self, shard: int) -> None:
         """Drop the progress of a shard that failed."""
         for row in self._rows(shard):
             row.in_flight.pop(shard, None)
+
+    def _add(self, shard: int, counts: ShardCounts) -> None:
+        """Count the samples of a committed shard."""
+        self._is_committed[shard] = 1
+        place, gained = self._plan.shard(shard), 0
+        request = self._plan.requests[place.request].spec
+        if request.has_quota:
+            # Surplus of one class makes up for nothing that another lacks.
+            before = self._accepted[place.request, place.cell]
+            self._accepted[place.request, place.cell] = after = before + counts.accepted
+            gained = min(after, request.num_wanted) - min(before, request.num_wanted)
+        for row in self._rows(shard):
+            row.committed += counts.attempted
+            row.accepted += counts.accepted
+            row.counted += gained
 
     def _rows(self, shard: int) -> tuple[RequestTally, RequestTally]:
         return self.requests[self._plan.shard(shard).request], self.total
@@ -273,7 +291,7 @@ def _live_table(tally: Tally) -> Table:
 
     now = time.monotonic()
     table = Table(box=box.SIMPLE_HEAD)
-    for name in ("request", "", "done", "accepted / attempted", "rate", "ETA"):
+    for name in ("request", "", "done", "accepted", "rate", "ETA"):
         table.add_column(name, justify="left" if name in ("request", "") else "right", no_wrap=True)
     for row in [*_live_rows(tally), tally.total] if len(tally.requests) > 1 else tally.requests:
         rate, eta = row.rate(now), row.eta_seconds(now)
@@ -281,7 +299,7 @@ def _live_table(tally: Tally) -> Table:
             Text(row.name),
             ProgressBar(total=row.total, completed=row.num_done, width=24),
             f"{row.num_done}/{row.total}",
-            f"{row.accepted} / {row.committed}",
+            f"{row.counted} of {row.wanted} wanted" if row.wanted else f"{row.accepted} of {row.committed}",
             f"{rate:.1f}/s" if rate else "",
             duration(eta) if eta is not None else "",
         )
@@ -299,7 +317,9 @@ def _live_rows(tally: Tally) -> Iterator[RequestTally]:
 
 def _line(row: RequestTally, now: float) -> str:
     parts = [f"{row.name} {row.num_done}/{row.total} samples"]
-    if row.accepted < row.committed:
+    if row.wanted:
+        parts.append(f"accepted {row.counted} of {row.wanted} wanted")
+    elif row.accepted < row.committed:
         parts.append(f"{row.accepted} of {row.committed} accepted")
     if rate := row.rate(now):
         parts.append(f"{rate:.1f}/s")
@@ -335,10 +355,12 @@ def byte_size(num_bytes: int | None) -> str:
 
 
 def medians_table(groups: list[GroupSummary]) -> Table:
-    """Medians of the scores per request and context, of the first groups where there are many."""
+    """Medians of the scores per request and context, prompt-only ones first; of many the first groups."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
+
+    from engine.data.run.summary import plain_first
 
     title = "Medians per request and context"
     if len(groups) > MAX_GROUP_ROWS:
@@ -351,7 +373,7 @@ def medians_table(groups: list[GroupSummary]) -> Table:
     for heading, _ in figures:
         # Broken by hand: rich takes the room that a long heading lacks from the words of all columns.
         table.add_column(Text(textwrap.fill(heading, MAX_HEADING_CHARS, break_long_words=False)), justify="right")
-    for group in groups[:MAX_GROUP_ROWS]:
+    for group in plain_first(groups)[:MAX_GROUP_ROWS]:
         names = [Text(group.request), *([Text(group.context)] if has_context else [])]
         table.add_row(*names, *(text_of(group) for _, text_of in figures))
     return table

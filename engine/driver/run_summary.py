@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from engine.data.run.commits import CommitSummary
-from engine.data.run.file_names import METADATA, REPORT
+from engine.data.run.file_names import MANIFEST, METADATA, REPORT
 from engine.data.run.finalise import FinishedRun
+from engine.data.run.manifest import quota_rows
+from engine.data.run.manifest_reading import read_manifest
 from engine.data.run.quarantine import quarantined_shards
+from engine.data.run.run_warnings import run_warnings
 from engine.data.stores.base import Store
 from engine.driver.run_loop import RunLoopResult
-from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OK
+from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_OK, RiskforgeError
 from engine.job.class_names import planned_names
 from engine.job.plan import Plan
 from engine.job.quotas import replay
@@ -38,6 +42,8 @@ class RunSummary:
         was_complete: whether there was nothing to do.
         drained: why the run stopped with shards left to do: the name of a signal, or `deadline`; empty otherwise.
         short: unfilled quotas, in words, a line for each class.
+        quotas: of each request with quotas how many accepted samples count of those wanted, in words.
+        warnings: requests without a sample that is what was asked for (`engine.data.run.run_warnings`).
         sampling_share: share of the workers' time spent sampling and scoring; None if nothing was made.
     """
 
@@ -56,6 +62,8 @@ class RunSummary:
     was_complete: bool = False
     drained: str = ""
     short: tuple[str, ...] = ()
+    quotas: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     sampling_share: float | None = None
 
 
@@ -95,6 +103,8 @@ def summarise(
         was_complete=was_complete,
         drained=result.drained,
         short=short,
+        quotas=tuple(_quotas(plan, committed, job.output.samples_per_shard)),
+        warnings=() if result.drained else tuple(_warnings(store, plan, finished)),
         sampling_share=result.sampling_share,
     )
 
@@ -110,6 +120,32 @@ def shortfalls(plan: Plan, committed: dict[int, CommitSummary], samples_per_shar
                 f"{request.spec.name}, {name}: {quota.accepted} of {quota.wanted} accepted in {quota.attempted}"
                 " attempts"
             )
+
+
+def _quotas(plan: Plan, committed: dict[int, CommitSummary], samples_per_shard: int) -> Iterator[str]:
+    """How far quotas are, a line for each request."""
+    counts = {number: commit.counts for number, commit in committed.items()}
+    rows = quota_rows(plan, replay(plan, counts, (), samples_per_shard))
+    for request, classes in rows.items():
+        wanted, missing, surplus, attempted = (
+            sum(row[name] for row in classes) for name in ("wanted", "missing", "surplus", "attempted")
+        )
+        beyond = f", and {surplus} beyond the quotas" if surplus else ""
+        yield f"{request}: {wanted - missing} of {wanted} wanted accepted{beyond}, in {attempted} attempts"
+
+
+def _warnings(store: Store, plan: Plan, finished: FinishedRun | None) -> list[str]:
+    """What the run warns of, also one that was finished before: by its counts, as earlier versions wrote none."""
+    manifest: dict[str, Any] = {}
+    if finished:
+        manifest = finished.manifest
+    elif store.exists(MANIFEST):
+        with contextlib.suppress(RiskforgeError):
+            manifest = read_manifest(store)
+    try:
+        return run_warnings(manifest.get("counts", {}), planned_names(plan))
+    except (AttributeError, KeyError, TypeError):
+        return []
 
 
 def _is_short(plan: Plan, committed: dict[int, CommitSummary]) -> bool:
@@ -131,13 +167,10 @@ def _top_failure(store: Store) -> str:
 
 
 def _remarks(manifest: dict[str, Any]) -> list[str]:
-    """Results of screening, acceptance rules and risk targets, a line for each request."""
+    """Results of screening and risk targets, a line for each request."""
     lines = []
     for name, classes in manifest["counts"]["screening"].items():
-        lines += _screening_remarks(name, classes)
-    for name, counts in manifest["counts"]["requests"].items():
-        if counts["rejected"] and not counts["accepted"]:
-            lines.append(f"{name}: its rule accepted none of {counts['attempted']} samples")
+        lines.append(_screening_remark(name, classes))
     for name, dial in manifest["dials"].items():
         near = f"{dial['share_within_tolerance']:.0%} within {dial['tolerance']:g}"
         lines.append(
@@ -147,13 +180,10 @@ def _remarks(manifest: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _screening_remarks(name: str, classes: list[dict[str, Any]]) -> list[str]:
+def _screening_remark(name: str, classes: list[dict[str, Any]]) -> str:
     screened, samples, draws = (sum(row[key] for row in classes) for key in ("screened", "samples", "draws"))
     rates = [row["acceptance_rate"] for row in classes]
-    line = (
+    return (
         f"{name}: {screened} of {samples} samples screened in {draws} draws; acceptance rate by class {min(rates):.1%}"
         f" to {max(rates):.1%}"
     )
-    if screened:
-        return [line]
-    return [line, f"{name}: no draw passed; lower conditioning.threshold, or raise max_draws"]

@@ -157,6 +157,8 @@ def _content(conditioning: Conditioning) -> tuple[dict[str, Any], bytes]:
             "trained": conditioning.fit.predictor is not None,
             "verdict": conditioning.fit.verdict,
             "evaluation": evaluation.state() if evaluation else None,
+            # Without a key where there is none: digests of artefacts from before there was one stay what they are.
+            **({"advice": conditioning.fit.advice} if conditioning.fit.advice else {}),
         },
         "temperature": dataclasses.asdict(temperature),
         "temperature_verdict": conditioning.temperature_verdict or temperature.verdict,
@@ -188,6 +190,7 @@ def _conditioning_of(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Cond
             predictor=_predictor_of(tensors) if fields["predictor"]["trained"] else None,
             evaluation=PredictorEvaluation.from_state(evaluation) if evaluation else None,
             verdict=fields["predictor"]["verdict"],
+            advice=fields["predictor"].get("advice", ""),
         ),
         temperature=TemperatureFit(**fields["temperature"]),
         temperature_verdict=fields["temperature_verdict"],

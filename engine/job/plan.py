@@ -29,8 +29,6 @@ from engine.methods.validity import ValidityModel
 IDENTITY_VERSION = 1
 # The class part of a key of a joint prompt, in place of a class index.
 JOINT_CODE = "mix"
-# A round of a quota with fewer samples would not fill a batch.
-MIN_ROUND = 16
 # Of a temperature that logits are divided by.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 MAX_COEFFICIENT = 1e6
@@ -280,13 +278,9 @@ def _wanted(request: RequestPlan) -> Iterator[tuple[int, int, int]]:
     if not request.spec.has_quota:
         yield request.number, EVERY_CELL, request.total
         return
+    # The first round of a class: fewer attempts than samples are wanted could not fill its quota.
     for cell in range(len(request.cells)):
-        yield request.number, cell, pilot_size(request.spec)
-
-
-def pilot_size(request: RequestSpec) -> int:
-    """Attempts in the first round of a class with a quota: as many as wanted, since fewer could not fill it."""
-    return min(request.attempts_limit, max(request.num_wanted, MIN_ROUND))
+        yield request.number, cell, request.spec.num_wanted
 
 
 def resolve_requests(job: JobSpec, labels: list[str]) -> tuple[RequestPlan, ...]:

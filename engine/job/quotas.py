@@ -2,7 +2,8 @@
 
 A request with a rule of acceptance has a quota of accepted samples for each class. Its samples are made in rounds,
 class by class: the first, the pilot, is as large as the quota, as fewer attempts could not fill it; its yield decides
-the size of the next, and so on until the quota is filled or the limit of attempts is reached.
+the size of the next, and so on until the quota is filled or the limit of attempts is reached. A round makes what is
+missing at the yield so far and no more, so that the last one leaves few samples beyond the quota.
 
 Rounds are decided in an order that does not depend on the speed of workers: pass by pass, in the order of requests and
 classes. A class is decided when all its shards are settled (committed, or in quarantine) and those before it in the
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.job.plan import MIN_ROUND, Extent, Plan, RequestPlan, ShardSpec
+from engine.job.plan import Extent, Plan, RequestPlan, ShardSpec
 
 # A low yield is an uncertain estimate: a round has at most this many times the attempts of all rounds before.
 MAX_GROWTH = 4
@@ -152,9 +153,9 @@ def round_size(wanted: int, limit: int, planned: int, attempted: int, accepted: 
     if missing <= 0 or rest <= 0:
         return 0
     # Laplace's estimate of the yield, (accepted + 1) / (attempted + 2), is never zero; in whole numbers, as they
-    # are the same on every machine.
-    needed = -(-missing * (attempted + 2) // (accepted + 1))
-    return min(rest, max(min(needed, MAX_GROWTH * planned), MIN_ROUND))
+    # are the same on every machine. To the nearest: rounded up, a round for one sample at 0.9 would make two.
+    needed = (2 * missing * (attempted + 2) + accepted + 1) // (2 * (accepted + 1))
+    return min(rest, needed, MAX_GROWTH * planned)
 
 
 def replay(plan: Plan, committed: Mapping[int, Counts], quarantined: Iterable[int], samples_per_shard: int) -> Quotas:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import JobError
 from engine.job.spec import JobSpec, RequestSpec
+from engine.methods.conditioning.predictor_advice import advice_in
 from engine.models.addresses import inaccessible, zoo_folder
 from engine.models.artefact_documents import kind_of
 from engine.models.configurations import (
@@ -122,7 +124,24 @@ def artefact_problems(place: str, request: RequestSpec, labels: list[str] | None
     predictor = fields.get("predictor")
     if spec.is_screened and isinstance(predictor, dict) and predictor.get("trained") is False:
         return [
-            f"{where}: '{spec.artefact}' has no error predictor ({predictor.get('verdict')}); set screening: false, or"
-            " prepare it from more images"
+            f"{where}: '{spec.artefact}' has no error predictor ({predictor.get('verdict')}); set screening: false, use"
+            " method: risky without conditioning, or prepare it from more images"
         ]
     return []
+
+
+def artefact_warnings(job: JobSpec) -> list[str]:
+    """Artefacts that requests are screened by although nothing shows that their error predictor is of use."""
+    lines = []
+    for number, request in enumerate(job.requests):
+        spec = request.conditioning
+        if spec is None or spec.artefact is None or not spec.is_screened:
+            continue
+        with contextlib.suppress(JobError, KeyError, TypeError):
+            folder = find_artefact(spec.artefact)
+            document = read_config(folder / ARTEFACT_DOCUMENT) if folder else {}
+            if advice := advice_in(document):
+                verdict = document["predictor"]["verdict"]
+                where = f"{job.where(number)}.conditioning.artefact"
+                lines.append(f"{where}: the error predictor of '{spec.artefact}': {verdict}; {advice}")
+    return lines

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from engine.data.images.class_folders import ClassReader
+from engine.data.images.class_folders import ClassReader, context_folder
 from engine.data.images.decode import EXTENSIONS
 from engine.data.images.file_tree import Entry, list_files
 from engine.data.images.ignored import why_ignored
@@ -192,7 +192,10 @@ class _Folder:
         below = [entry.parts[depth:] for entry in files if entry.parts[:depth] == home]
         folders = {parts[0] for parts in below if len(parts) > 1}
         labelling.settle(listings.texts() if listings.listed else folders)
-        reader = ClassReader(self._root, home, labelling, listings)
+        has_contexts = bool(listings.contexts) or (
+            not listings.listed and any(context_folder(entry, home) for entry in files)
+        )
+        reader = ClassReader(self._root, home, labelling, listings, has_contexts)
         items = [partial(reader.read, entry) for entry in files]
         source = ImageSource(KIND, len(items), (partial(iter, items),))
         places = {key_of(entry.place) for entry in files}

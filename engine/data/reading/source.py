@@ -17,6 +17,7 @@ from engine.data.reading.origins import Origin, origin_of, origins_of
 from engine.data.run.commits import list_commits
 from engine.data.run.file_names import EXPORT_KIND, MANIFEST, METADATA, RESCORED_FROM, SUCCESS
 from engine.data.run.manifest_reading import read_manifest
+from engine.data.run.origin import origin_address
 from engine.data.run.schema import REQUIRED
 from engine.data.run.shards import SHARDS, file_digest, shard_name
 from engine.data.run.stored_plan import StoredRun, read_run, stored_plan
@@ -227,15 +228,13 @@ def _num_rows(files: tuple[StoredFile, ...]) -> int:
 
 def _origin(store: Store, manifest: dict[str, Any], depth: int) -> RunSource | None:
     """The run whose images a rescored folder is about."""
-    origin = manifest.get(RESCORED_FROM)
-    if origin is None:
+    address = origin_address(store, manifest)
+    if address is None:
         return None
-    address = origin.get("uri") if isinstance(origin, dict) else origin
-    if not isinstance(address, str) or depth >= _MAX_RESCORED:
+    if depth >= _MAX_RESCORED:
         raise JobError(f"RUN: {store.address(MANIFEST)}: {RESCORED_FROM} is not the address of a run ({address!r})")
     try:
-        # Without a scheme it is relative to this folder, so both can be moved together, or to the working directory.
-        return _open(store.absolute_address(address), depth + 1)
+        return _open(address, depth + 1)
     except (JobError, OutputError) as error:
         if depth or isinstance(error, StoreLostError):
             raise

@@ -14,8 +14,9 @@ from engine.data.run.card_loading import loading_section
 from engine.data.run.curated import curation_of
 from engine.data.run.curation_text import curation_facts
 from engine.data.run.file_names import SURPLUS_LIST
+from engine.data.run.run_warnings import known_warnings
 from engine.data.run.schema import arrow_schema, tar_features
-from engine.data.run.summary import GroupSummary, Spread, shown_entry_scores, shown_scores
+from engine.data.run.summary import GroupSummary, Spread, plain_first, shown_entry_scores, shown_scores
 from engine.job.columns import (
     BY_NAME,
     GUIDES,
@@ -140,7 +141,7 @@ def _origin(job: JobSpec, manifest: dict[str, Any]) -> str:
         f"{samples['ok']} images in {shards['committed']} shards, of {samples['attempted']} attempts "
         f"({samples['rejected']} rejected, {samples['failed']} failed, {samples['accepted']} accepted). "
         f"Seed {job.seed}; plan `{manifest['plan_digest']}`.{_state(manifest)}\n\n"
-        f"{_not_counted(job, manifest['counts'])}"
+        f"{_warnings(manifest)}{_not_counted(job, manifest['counts'])}"
         f"**Licence:** not stated by the engine. It follows from the licences of the models below, above all of the "
         f"diffusion model; set `license` in the header once it is known. {_licences(manifest['models'])}"
     )
@@ -188,6 +189,11 @@ def _state(manifest: dict[str, Any]) -> str:
 
 def _num_of_quotas(counts: dict[str, Any], name: str) -> int:
     return sum(row[name] for rows in counts.get("quotas", {}).values() for row in rows)
+
+
+def _warnings(manifest: dict[str, Any]) -> str:
+    """Requests without a sample that is what was asked for."""
+    return "".join(f"**Warning:** {code(line, table=False)}\n\n" for line in known_warnings(manifest))
 
 
 def _not_counted(job: JobSpec, counts: dict[str, Any]) -> str:
@@ -421,7 +427,9 @@ def _table(groups: list[GroupSummary]) -> str:
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
     ]
-    lines += [f"| {' | '.join(cell(group) for cell in columns.values())} |" for group in groups[:MAX_TABLE_ROWS]]
+    lines += [
+        f"| {' | '.join(cell(group) for cell in columns.values())} |" for group in plain_first(groups)[:MAX_TABLE_ROWS]
+    ]
     if len(groups) > MAX_TABLE_ROWS:
         lines += ["", f"{len(groups) - MAX_TABLE_ROWS} more rows are under `summary` in `manifest.json`."]
     return "\n".join(lines)

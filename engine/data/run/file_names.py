@@ -9,6 +9,8 @@ MANIFEST = "manifest.json"
 CARD = "README.md"
 REPORT = "report.html"
 EVALUATION = "evaluation.json"
+# How a run differs from its baseline; `riskforge compare --baseline` and `riskforge run --baseline` write it.
+COMPARISON = "comparison.json"
 # Unguided twins that `riskforge evaluate` found among the samples of requests without guidance.
 TWINS_TABLE = "twins.parquet"
 WIDS_INDEX = "shards/wids.json"
@@ -39,5 +41,8 @@ STOPPED_AUDIT = "_state/audit.safetensors"
 RESCORED_FROM = "rescored_from"
 EXPORT_KIND = "export"
 
-RUN_FILES = (SUCCESS, METADATA, MANIFEST, CARD, REPORT, EVALUATION, TWINS_TABLE, WIDS_INDEX, TIMM_INFO, SURPLUS_LIST)
+RUN_FILES = (
+    SUCCESS, METADATA, MANIFEST, CARD, REPORT, EVALUATION, COMPARISON, TWINS_TABLE, WIDS_INDEX, TIMM_INFO,
+    SURPLUS_LIST,
+)  # fmt: skip
 CURATION_FILES = (CURATION_DOCUMENT, SELECTION, REWARD, AUDIT, SUSPECTS)

@@ -14,6 +14,7 @@ from engine.data.run.counts import num_stored
 from engine.data.run.curated import manifest_part
 from engine.data.run.file_names import METADATA
 from engine.data.run.notices import count_notices
+from engine.data.run.run_warnings import run_warnings
 from engine.data.run.summary import (
     GroupSummary,
     count_classes,
@@ -58,6 +59,16 @@ def build_manifest(
     quotas = replay(
         plan, {number: commit.counts for number, commit in commits.items()}, (), job.output.samples_per_shard
     )
+    counted = {
+        "shards": {"planned": plan.num_shards, "committed": len(commits)},
+        "samples": {"planned": plan.num_samples, **totals},
+        "requests": count_requests(groups),
+        "classes": count_classes(store.fetch(METADATA)),
+        "quotas": quota_rows(plan, quotas),
+        "screening": screening_by_request(read_commits(store), job),
+        "guidance": count_guidance(store.fetch(METADATA)),
+    }
+    warnings = run_warnings(counted, planned_names(plan))
     return {
         "schema_version": plan.schema_version,
         "name": job.name,
@@ -69,15 +80,8 @@ def build_manifest(
         "hardware": hardware,
         "timing": timing,
         "notices": count_notices(record.notices for record in read_commits(store)),
-        "counts": {
-            "shards": {"planned": plan.num_shards, "committed": len(commits)},
-            "samples": {"planned": plan.num_samples, **totals},
-            "requests": count_requests(groups),
-            "classes": count_classes(store.fetch(METADATA)),
-            "quotas": quota_rows(plan, quotas),
-            "screening": screening_by_request(read_commits(store), job),
-            "guidance": count_guidance(store.fetch(METADATA)),
-        },
+        "counts": counted,
+        **({"warnings": warnings} if warnings else {}),
         "summary": [group_document(group) for group in groups],
         "dials": read_dials(store.fetch(METADATA), job),
         "shards": [_listed(record, job) for record in read_commits(store)] if len(commits) <= MAX_LISTED_SHARDS else [],

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear, pad, relu
 
 from engine.methods.conditioning.input_checks import check_embeddings, check_kind
+from engine.methods.conditioning.predictor_advice import predictor_advice
 from engine.methods.conditioning.predictor_evaluation import PredictorEvaluation, evaluate
 from engine.methods.conditioning.seeds import derived_seed
 
@@ -66,11 +67,14 @@ class PredictorFit:
         predictor: None where it cannot be trained.
         evaluation: on the held-out images; None where it cannot be trained.
         verdict: for a reader.
+        advice: what to do where nothing shows that the predictor is of use; empty otherwise, and of artefacts that
+            were prepared before there was one.
     """
 
     predictor: ErrorPredictor | None
     evaluation: PredictorEvaluation | None
     verdict: str
+    advice: str = ""
 
 
 class ErrorPredictor:
@@ -160,7 +164,8 @@ def fit_predictor(
     check_embeddings(embeds, classes, labels)
     _check_errors(embeds, errors)
     if reason := _untrainable(errors):
-        return PredictorFit(predictor=None, evaluation=None, verdict=f"cannot be trained: {reason}")
+        advice = predictor_advice(int(errors.sum()), None)
+        return PredictorFit(predictor=None, evaluation=None, verdict=f"cannot be trained: {reason}", advice=advice)
     held_out = _hold_out(errors, classes, options)
     predictor = train_predictor(embeds[~held_out], errors[~held_out], options)
     evaluation = evaluate(
@@ -171,7 +176,8 @@ def fit_predictor(
         threshold=options.threshold,
         min_per_class=options.min_per_class,
     )
-    return PredictorFit(predictor=predictor, evaluation=evaluation, verdict=evaluation.pooled.verdict)
+    advice = predictor_advice(int(errors.sum()), evaluation.pooled.auc_low)
+    return PredictorFit(predictor=predictor, evaluation=evaluation, verdict=evaluation.pooled.verdict, advice=advice)
 
 
 def train_predictor(embeds: Tensor, errors: Tensor, options: PredictorOptions) -> ErrorPredictor:
