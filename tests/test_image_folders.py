@@ -433,7 +433,8 @@ def test_a_label_map_maps_the_labels_of_tables_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"[1]", "is not a mapping of class names"), (b"{", "property name"), (b"\xff\xfe{", "decode"), (b"", "Expecting value"),
+        (b"[1]", "is not a mapping of class names"), (b"{", "property name"),
+        (b"\xff\xfe{", "decode"), (b"", "Expecting value"),
         (b'{"a": true}', "has True"), (b'{"a": [1]}', "neither a class name nor an index"), (b'{"": "cat"}', "has ''"),
         (b'{"a": "cta"}', "'cta' is not a class of the target; did you mean 'cat'?"), (b'{"a": 7}', "'7' is not a"),
         (b'{"a": "cat", "A": "dog"}', "names 'A' twice"), (b'{"a": "cat", "a": "dog"}', "it holds 'a' twice"),
