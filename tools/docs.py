@@ -68,8 +68,8 @@ may be used."""
 
 REQUESTS_NOTE = """`count` is for each class (or subset) *and* context. With `accept` it is a quota of *accepted*
 samples: a class is sampled, in rounds of what is missing at its measured yield, until it has `count` times the number
-of contexts of them, whatever their context, or `max_attempts` are made. The first ones in index order count, later ones are
-marked `surplus` in `metadata.parquet`; the others are recorded as `rejected` (`output.store_rejected: true` keeps
+of contexts of them, whatever their context, or `max_attempts` are made. The first ones in index order count, later
+ones are marked `surplus` in `metadata.parquet`; the others are recorded as `rejected` (`output.store_rejected: true` keeps
 their images too). Requests of one `seed_group` share noise sample by sample: that is how methods are compared.
 `sampling` and `guidance` override the job's, key by key.
 
@@ -103,7 +103,8 @@ Every sample has a `.json` in its tar and a row in the parquet next to it; `meta
 shards. Each field is always there and has one type, so that any reader infers one schema: where a field does not
 apply it is empty text, an empty list, 0, false, or -1 for a class. There are no nulls and no NaN. Scores are of the
 stored 8-bit image; logarithms are natural. In `transfer`, a model with ` (guides)` after its name is a further target
-of an [ensemble](methods.md#ensembles-of-targets), which was guided on.
+of an [ensemble](methods.md#ensembles-of-targets), which was guided on. The class that an oracle or transfer model
+predicts is -2 where it is none of the target's ([label maps](targets.md#label-maps)).
 
 `scored` is false of failed samples and of real images that were mixed in. What models measure means nothing there,
 whatever the columns hold, and filters on them select neither such a row nor, negated, its opposite: {{measured}}.
