@@ -15,6 +15,7 @@ from engine.commands.output import MAX_LISTED, complain, make_console, make_disp
 from engine.commands.sample_list import print_samples
 from engine.commands.stopping import NOTHING_STORED, stop_on_signals
 from engine.data.reading.format_registry import DEFAULT_FORMAT, FORMATS
+from engine.data.stores.opening import OBJECT_SCHEMES
 from engine.errors import EXIT_DAMAGED, CorruptShardError, JobError
 from engine.terminal import ELLIPSIS, printable
 from engine.terminal import show as print
@@ -137,6 +138,9 @@ def inspect(
         raise JobError("--save: select samples with --filter, or one with --key")
     if key is not None and limit is not None:
         raise JobError("--limit: lists several samples, and --key shows one; use one of them")
+    # A path has lost a slash of the address.
+    if save is not None and str(save).partition(":/")[0].lower() in OBJECT_SCHEMES:
+        raise JobError(f"--save {save}: images are written to folders alone; give a folder")
     if image != "sample" and save is None:
         raise JobError(f"--image {image}: says what --save writes; give --save PATH")
     corpus = engine.open_run(*runs)
