@@ -186,7 +186,8 @@ def _list_samples(corpus: Corpus, limit: int | None, save: Path | None, image: s
     """Print what is in the selected rows, and list them; write their images."""
     from engine.data.reading import listing
 
-    samples = listing.list_samples(corpus, limit)
+    most = limit if as_json or save is not None else limit or MAX_LISTED
+    samples = listing.list_samples(corpus, most)
     saved = None if save is None else listing.save_images(corpus, samples, save, image)
     further: dict[str, Any] = {}
     if as_json:
