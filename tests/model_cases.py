@@ -33,6 +33,16 @@ def copied(address: str, folder: Path, name: str = "config.json", **changes: Any
     return folder
 
 
+def relabelled(address: str, folder: Path, names: list[str], order: list[int]) -> Path:
+    """A copy of a classifier of the zoo with its classes in another order, and other names."""
+    copied(address, folder, id2label=dict(enumerate(names)), label2id={name: place for place, name in enumerate(names)})
+    weights, num_classes = load_file(folder / "model.safetensors"), len(order)
+    heads = {name for name, value in weights.items() if value.ndim and value.ndim < 3 and len(value) == num_classes}
+    changed = {name: value[order].contiguous() if name in heads else value for name, value in weights.items()}
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def job_of(**models: Any) -> Any:
     chosen: dict[str, Any] = ZOO | {"transfer": [ZOO["transfer"]]} | models
     request = {"name": "a", "method": "prompt", "classes": ["three"], "count": 1}

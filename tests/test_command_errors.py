@@ -83,8 +83,10 @@ VALUES = {
     " a zoo part (zoo:NAME/PART)",
     "models.target=zoo:digits/clip": "models.target: 'zoo:digits/clip': config.json has no `id2label` with two classes"
     " or more; is it a classifier?",
-    "models.oracle=zoo:cifar10/classifier": "models.oracle: 'zoo:cifar10/classifier' has other classes than the target;"
-    " names and order must be the same",
+    "models.oracle=zoo:cifar10/classifier": "models.oracle: 'zoo:cifar10/classifier' has other classes than the target:"
+    " it has 'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck', the target has"
+    " 'zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine'; say which are which: {models:"
+    " {label_map: {'zoo:cifar10/classifier': {airplane: zero}}}}, if 'airplane' means 'zero', and so on",
     "runtime.device=tpu": "runtime.device: 'tpu' is not one of auto, cpu, cuda; did you mean 'cpu'?",
     "output.image_format=bmp": "output.image_format: 'bmp' is not one of png, jpg, webp",
     "output.uri=hdfs://server/run": "output hdfs://server/run: hdfs:// is not supported; use a folder, s3://BUCKET/NAME"

@@ -157,9 +157,8 @@ def test_targets_have_the_same_classes() -> None:
     """What files tell, before a worker starts."""
     with pytest.raises(JobError) as caught:
         check_addresses(parse_job(raw_job([FIRST, "zoo:cifar10/classifier"])))
-    assert list(caught.value.problems) == [
-        "models.target.1: 'zoo:cifar10/classifier' has other classes than the target; names and order must be the same"
-    ]
+    [problem] = caught.value.problems
+    assert problem.startswith("models.target.1: 'zoo:cifar10/classifier' has other classes than the target: it has")
     with pytest.raises(JobError, match=r"^models\.target\.1: 'zoo:digits/clip': .*"):
         check_addresses(parse_job(raw_job([FIRST, "zoo:digits/clip"])))
 

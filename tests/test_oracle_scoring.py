@@ -62,7 +62,7 @@ def test_probabilities_are_softmax_sums_over_what_counts_as_the_label() -> None:
     """Of a joint prompt all of its classes together; rows do not see each other, and no sum exceeds 1."""
     logits = [torch.randn(64, 5, generator=torch.Generator().manual_seed(seed)) * 8 for seed in range(3)]
     asked = [(row % 5,) if row % 2 else (0, 3, 4) for row in range(64)]
-    made = oracle_scores(logits, asked)
+    made = oracle_scores(logits, asked, logits[0].shape[1])
     for oracle, own in enumerate(logits):
         p = torch.softmax(own.double(), 1)
         for row, classes in enumerate(asked):
@@ -70,7 +70,7 @@ def test_probabilities_are_softmax_sums_over_what_counts_as_the_label() -> None:
     assert made.predicted.tolist() == torch.stack([own.argmax(1) for own in logits], 1).tolist()
     assert float(made.p_label.max()) <= 1
     for row in range(64):
-        alone = oracle_scores([own[row : row + 1] for own in logits], asked[row : row + 1])
+        alone = oracle_scores([own[row : row + 1] for own in logits], asked[row : row + 1], logits[0].shape[1])
         assert torch.equal(alone.p_label[0], made.p_label[row])
 
 

@@ -291,7 +291,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "was made with another encoder: 'zoo:cifar10/judge' had the digest 0",
     ),
     "other classes": (
-        lambda folder: resealed(folder, classes=[*reversed(LABELS)]), "other classes than the target",
+        lambda folder: resealed(folder, classes=[*LABELS[:9], "ninth"]), "other classes than the target",
     ),
     "an image without a feature": (lambda folder: with_features(folder, not_a_number), ""),
     "another number of images": (lambda folder: with_features(folder, lambda features: features[1:]), ""),

@@ -17,8 +17,6 @@ from engine.errors import EXIT_DAMAGED, EXIT_INCOMPLETE, JobError, RiskforgeErro
 from engine.terminal import show as print
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from engine.studies.compare.limits import Crossing
     from engine.studies.compare.program import RunComparison
     from engine.studies.rescore.program import Rescored
@@ -45,13 +43,22 @@ def rescore(
         str | None,
         typer.Option(metavar="FOLDER", help="Folder for the new scores. Default: RUN/rescored/TARGET-DIGEST."),
     ] = None,
+    label_map: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Of classifiers with other class names than the run, by address: {ADDRESS: {theirs: the run's}}.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Score a run's images with another target: writes new metadata next to the old, samples nothing."""
-    from engine.commands.jobfile import import_factories
+    from engine.commands.jobfile import import_factories, read_label_maps
     from engine.studies.rescore.program import rescore_run
 
     import_factories([target, *(transfer or ()), *(oracle or ())], Path.cwd())
+    maps = read_label_maps(label_map, "--label-map") if label_map else None
     with stop_on_signals("stopped; the same command continues"), contextlib.closing(make_display()) as display:
         rescored = rescore_run(
             run,
@@ -60,6 +67,7 @@ def rescore(
             oracles=oracle or (),
             calibration=calibration,
             output=output,
+            label_map=maps,
             advance=display.advance,
             notice=display.notice,
         )
@@ -242,10 +250,8 @@ def _keep(run: str, document: dict[str, Any], notice: Callable[[str], None]) -> 
 
 def print_rescored(rescored: Rescored) -> None:
     """Print the scores before and after, and the folder of the new ones."""
-    from engine.studies.compare.tables import comparison_tables
-
     if rescored.comparison is not None:
-        _print_tables(comparison_tables(rescored.comparison))
+        _print_tables(rescored.comparison)
     else:
         print(f"not compared: {rescored.reason}")
     print(
@@ -259,9 +265,9 @@ def print_rescored(rescored: Rescored) -> None:
 
 def _print_comparison(comparison: RunComparison) -> None:
     """Print the tables, then what is new, fixed and left out."""
-    from engine.studies.compare.tables import comparison_tables, curation_lines, failure_lists, human_lines
+    from engine.studies.compare.tables import curation_lines, failure_lists, human_lines
 
-    _print_tables(comparison_tables(comparison))
+    _print_tables(comparison)
     for title, changes in failure_lists(comparison):
         if changes:
             print(f"{title.lower()}: {len(changes)}, the largest risk first")
@@ -279,11 +285,12 @@ def _print_comparison(comparison: RunComparison) -> None:
         print(f"  and {len(comparison.notes) - MAX_LISTED} more in --json")
 
 
-def _print_tables(tables: list[Table]) -> None:
-    from engine.studies.compare.tables import TERMINAL_WIDTH
+def _print_tables(comparison: RunComparison) -> None:
+    from engine.studies.compare.tables import TERMINAL_WIDTH, comparison_tables, comparison_title
 
+    _print_wrapped(comparison_title(comparison))
     console = make_console()
-    for table in tables:
+    for table in comparison_tables(comparison):
         console.print(table, width=min(console.width, TERMINAL_WIDTH))
 
 

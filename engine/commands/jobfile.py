@@ -76,6 +76,28 @@ def read_raw(path: Path, overrides: list[tuple[str, Any]]) -> Any:
     return raw
 
 
+def read_label_maps(path: Path, option: str) -> dict[str, dict[str, str | None]]:
+    """Label maps by address, from a file in YAML or JSON with the content of a job's `models.label_map`.
+
+    Args:
+        option: that gave the file, for messages.
+
+    Raises:
+        JobError: it cannot be read, or has something else.
+    """
+    from engine.job.label_maps import checked_entries
+
+    raw = _parse(path, _text(path))
+    if not isinstance(raw, dict) or not all(isinstance(address, str) for address in raw):
+        raise JobError(
+            f"{option}: {path}: is not a mapping of addresses to label maps, such as {{models/net: {{cats: cat}}}}"
+        )
+    try:
+        return {address: checked_entries(entries) for address, entries in raw.items()}
+    except ValueError as error:
+        raise JobError(f"{option}: {path}: a label map {error}") from None
+
+
 def _credential_problems(value: Any, where: str) -> list[str]:
     """Addresses with a password, anywhere in a job: it would be stored with the run and appear in its card."""
     if isinstance(value, dict):

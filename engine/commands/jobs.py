@@ -81,7 +81,7 @@ def plan(
     target = _described_target(spec)
     if as_json:
         fields = _cost_fields(spec, cost, price_per_hour) | {"target": target} | _further_targets(spec)
-        fields |= {"retrain": _described_training(spec)}
+        fields |= _label_maps(spec) | {"retrain": _described_training(spec)}
         print_json(fields | ({"guidance_decoder": advice} if advice else {}) | _warnings(spec))
     else:
         _print_cost(spec, cost, price_per_hour)
@@ -245,7 +245,8 @@ def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
     missing, target = missing_artefacts(job), _described_target(job)
     if as_json:
         checked = {"valid": True, "classes_checked": labels is not None, "to_prepare": missing, "target": target}
-        print_json(checked | _further_targets(job) | {"retrain": _described_training(job)} | _warnings(job))
+        fields = checked | _further_targets(job) | _label_maps(job) | {"retrain": _described_training(job)}
+        print_json(fields | _warnings(job))
         return
     print(f"{path} is valid")
     _print_target(job, target)
@@ -296,8 +297,24 @@ def _print_target(job: JobSpec, target: dict[str, Any]) -> None:
     if further := len(job.models.further_targets):
         print(f"each guided step differentiates {further + 1} targets")
     print(_described_training(job)["line"])
+    for line in _label_map_lines(job):
+        print(line)
     if job.oracle_guides:
         print(f"guidance differentiates the oracle {job.models.all_oracles[-1]} too; acceptance does not ask it")
+
+
+def _label_maps(job: JobSpec) -> dict[str, list[str]]:
+    lines = _label_map_lines(job)
+    return {"label_maps": lines} if lines else {}
+
+
+def _label_map_lines(job: JobSpec) -> list[str]:
+    """How models with other classes than the target are read; nothing where one is not on this machine yet."""
+    from engine.models.job_label_maps import label_map_lines
+    from engine.models.labels import read_labels
+
+    labels = read_labels(job.models.target)
+    return [] if labels is None else label_map_lines(job.models, labels)
 
 
 def _warnings(job: JobSpec) -> dict[str, list[str]]:

@@ -252,6 +252,7 @@ def _run(
 
 def _compare_with_pin(run: str, baseline: Path) -> None:
     """Print how a run differs from its baseline, which is then in its report; the run's exit code is not changed."""
+    from engine.report.text import many
     from engine.studies.compare.nights import night_names
     from engine.studies.compare.pinned import compare_with_pin
 
@@ -261,8 +262,9 @@ def _compare_with_pin(run: str, baseline: Path) -> None:
         complain(f"not compared with the baseline: {error}")
         return
     night, _ = night_names(comparison.old, comparison.new)
+    new = many(len(comparison.new_failures), "new failure")
     print(
-        f"against {night} ({baseline}): {len(comparison.new_failures)} new failures, {len(comparison.fixed)} fixed,"
+        f"against {night} ({baseline}): {new}, {len(comparison.fixed)} fixed,"
         f" {len(comparison.unpaired_failures)} without a pair; `riskforge compare` says more"
     )
 

@@ -22,6 +22,7 @@ from engine.models.custom_methods import method_digests
 from engine.models.digests import model_digests
 from engine.models.hardware import hardware_problems
 from engine.models.job_checks import check_addresses
+from engine.models.job_label_maps import label_map_identity
 from engine.models.labels import target_labels
 from engine.models.licences import licence_of
 from engine.models.training_lineage import training_of
@@ -72,6 +73,7 @@ def check_job(job: JobSpec, display: Display, prepare_workers: Callable[[], None
     calibration = job_calibration(job)
     validity = job_validity(job)
     digests |= _temperature_identity(calibration) | _validity_identity(validity)
+    digests |= label_map_identity(job.models, labels)
     models = describe_models(job, digests, labels, calibration, validity)
     return CheckedJob(store=store, job=job, plan=build_plan(job, labels, digests), models=models)
 

@@ -16,8 +16,8 @@ from engine.models.clip import Clip
 from engine.models.diffusion import load_pipeline
 from engine.models.gpu_sharing import allowed_bytes, reachable_bytes
 from engine.models.hardware import Hardware
-from engine.models.oracles import load_oracle
 from engine.models.pipelines.base import Pipeline
+from engine.models.relabelled import load_classifier_for, load_oracle_for
 
 
 class PipelinePool:
@@ -72,18 +72,18 @@ def load_scorer(
     Raises:
         JobError: one cannot be loaded.
     """
-    target = load_target(job, temperature, device)
+    target, maps = load_target(job, temperature, device), job.models.label_map
     return Scorer(
         target,
         Clip.load(job.models.clip, device),
-        [Classifier.load(address, device) for address in job.models.transfer],
+        [load_classifier_for(address, device, target.labels, maps) for address in job.models.transfer],
         Oracles(
-            [load_oracle(address, device, target.labels) for address in job.models.all_oracles],
+            [load_oracle_for(address, device, target.labels, maps) for address in job.models.all_oracles],
             is_guiding=job.oracle_guides,
             validity=validity,
         ),
         Clip.load(job.models.judge, device) if job.models.judge else None,
-        [Classifier.load(address, device) for address in job.models.further_targets],
+        [load_classifier_for(address, device, target.labels, maps) for address in job.models.further_targets],
     )
 
 

@@ -13,13 +13,14 @@ from engine.job.columns import GUIDES, NO_CLASS, UNKNOWN
 from engine.methods.finiteness import Faults
 from engine.methods.validity import ValidityModel
 from engine.models.oracles import Oracle
+from engine.models.relabelled import predicted_classes
 
 
 class OracleScores(NamedTuple):
     """The oracles' outputs for images; without meaning in rows with a fault.
 
     Attributes:
-        predicted: class [B, K] of each of K oracles.
+        predicted: class [B, K] of each of K oracles; `OTHER_CLASS` for one that the target does not have.
         p_label: probability [B, K] of the classes that count as the label, together.
     """
 
@@ -61,7 +62,7 @@ class Oracles:
             faults.check_logits(own, "models.oracle", model.name)
         if not self.models:
             return [_without_oracle() for _ in asked]
-        scored = oracle_scores(logits, asked)
+        scored = oracle_scores(logits, asked, len(self.models[0].labels))
         names = [model.name + GUIDES if model is self.guiding else model.name for model in self.models]
         return [
             self._verdict(scored.predicted[row], scored.p_label[row])
@@ -90,20 +91,22 @@ class Oracles:
         }
 
 
-def oracle_scores(logits: Sequence[Tensor], asked: Sequence[Sequence[int]]) -> OracleScores:
-    """Classes and probabilities by the logits [B, n] of K oracles.
+def oracle_scores(logits: Sequence[Tensor], asked: Sequence[Sequence[int]], num_classes: int) -> OracleScores:
+    """Classes and probabilities by the logits [B, n + k] of K oracles.
 
     Args:
+        logits: the last k columns of an oracle are of classes that the target does not have.
         asked: as in `Oracles.fields`.
+        num_classes: n, of the target.
     """
-    is_asked = torch.zeros(logits[0].shape, dtype=torch.bool)
+    is_asked = torch.zeros(len(asked), num_classes, dtype=torch.bool)
     for row, classes in enumerate(asked):
         is_asked[row, list(classes)] = True
     # Of joint prompts the sum over their classes, in double precision so that it does not exceed 1 by rounding.
-    p_label = [
-        torch.where(is_asked, torch.softmax(own.double(), 1), torch.zeros(())).sum(1).clamp(max=1) for own in logits
-    ]
-    return OracleScores(torch.stack([own.argmax(1) for own in logits], 1), torch.stack(p_label, 1).float())
+    shares = [torch.softmax(own.double(), 1)[:, :num_classes] for own in logits]
+    p_label = [torch.where(is_asked, own, torch.zeros(())).sum(1).clamp(max=1) for own in shares]
+    predicted = [predicted_classes(own, num_classes) for own in logits]
+    return OracleScores(torch.stack(predicted, 1), torch.stack(p_label, 1).float())
 
 
 def _without_oracle() -> dict[str, Any]:

@@ -21,6 +21,7 @@ from engine.methods.finiteness import Faults
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
 from engine.models.oracles import Oracle
+from engine.models.relabelled import predicted_classes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,10 +56,10 @@ class Scorer:
         self,
         target: Classifier,
         clip: Clip,
-        transfer: Sequence[Classifier] = (),
+        transfer: Sequence[Oracle] = (),
         oracles: Oracles | None = None,
         judge: Clip | None = None,
-        further_targets: Sequence[Classifier] = (),
+        further_targets: Sequence[Oracle] = (),
     ) -> None:
         self.target = target
         self.further_targets = list(further_targets)
@@ -187,13 +188,13 @@ def asked_of(cells: Sequence[Cell], labels: Tensor) -> list[Sequence[int]]:
 
 
 def transfer_entries(
-    models: Sequence[Classifier],
+    models: Sequence[Oracle],
     logits_of_models: Sequence[Tensor],
     labels: Tensor,
     faults: Faults,
-    guiding: Collection[Classifier] = (),
+    guiding: Collection[Oracle] = (),
 ) -> list[list[dict[str, Any]]]:
-    """The column `transfer` of images by the logits [B, n] of each model; without meaning in rows with a fault.
+    """The column `transfer` of images by the logits [B, n + k] of each model; without meaning in rows with a fault.
 
     Args:
         labels: the class y of every image, [B].
@@ -203,33 +204,35 @@ def transfer_entries(
     for model, logits in zip(models, logits_of_models, strict=True):
         name, role = (model.name + GUIDES, "target") if model in guiding else (model.name, "transfer")
         faults.check_logits(logits, f"models.{role}", model.name)
-        risk, predicted = scores.risk(logits, labels), logits.argmax(1)
+        risk, predicted = scores.risk(logits, labels), predicted_classes(logits, len(model.labels))
         for row, entry in enumerate(entries):
             entry.append({"model": name, "predicted_class": int(predicted[row]), "risk": plain(risk[row])})
     return entries
 
 
 def target_fields(
-    target: Classifier, cells: Sequence[Cell], logits: Tensor, labels: Tensor, faults: Faults
+    target: Oracle, cells: Sequence[Cell], logits: Tensor, labels: Tensor, faults: Faults
 ) -> list[dict[str, Any]]:
     """The fields of the records that depend on the target alone, image by image; without meaning where it has a fault.
 
     Args:
-        logits: of the target, [B, n].
+        target: of a rescoring it may be one whose classes are read as the run's.
+        logits: of the target, [B, n], or [B, n + k] with the columns of k other classes.
         labels: the class y of every image, [B].
     """
     faults.check_logits(logits, "models.target", target.name)
-    columns = _target_columns(logits, labels)
+    num_classes = len(target.labels)
+    columns = _target_columns(logits, labels, num_classes)
     return [
         {name: plain(values[row]) for name, values in columns.items()}
-        | _kldb_fields(cell, logits[row : row + 1], int(labels[row]))
+        | _kldb_fields(cell, logits[row : row + 1], int(labels[row]), num_classes)
         | {"temperature": target.temperature}
         for row, cell in enumerate(cells)
     ]
 
 
-def _kldb_fields(cell: Cell, logits: Tensor, label: int) -> dict[str, Any]:
-    subset = kldb_classes(cell, logits, label)
+def _kldb_fields(cell: Cell, logits: Tensor, label: int, num_classes: int) -> dict[str, Any]:
+    subset = kldb_classes(cell, logits[:, :num_classes], label)
     balance, mass = scores.kldb_parts(logits, subset)
     return {
         "kldb": plain(scores.kldb(logits, subset)[0]),
@@ -273,8 +276,8 @@ def soft_label(cell: Cell, num_classes: int) -> list[float]:
     return [share if index in cell.classes else 0.0 for index in range(num_classes)]
 
 
-def _target_columns(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    predicted = logits.argmax(1)
+def _target_columns(logits: Tensor, labels: Tensor, num_classes: int) -> dict[str, Tensor]:
+    predicted = predicted_classes(logits, num_classes)
     risk = scores.risk(logits, labels)
     return {
         "risk": risk,

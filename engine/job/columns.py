@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 # The class index of a sample that has none, or that no model saw.
 NO_CLASS = -1
+# The class that another model than the target predicts where it is none of the target's (`models.label_map`).
+OTHER_CLASS = -2
 # The value of an optional score that was not measured: there is no second image, or no model that would measure it.
 # Filters, conditions and medians take it for unknown.
 UNKNOWN = -1.0
@@ -291,7 +293,8 @@ RECORD_COLUMNS: tuple[Column, ...] = (
     ),
     Column(
         name="oracle_class", type="int", is_class=True, measured_by="oracle", alias="oracle",
-        description="class that the independent oracle predicts; -1 without an oracle",
+        description="class that the independent oracle predicts; -1 without an oracle, -2 for one that is none of the"
+        " target's (`models.label_map`)",
         roles=Role.ACCEPTS | Role.VERIFIED,
     ),
     Column(
@@ -299,7 +302,8 @@ RECORD_COLUMNS: tuple[Column, ...] = (
     ),
     Column(
         name="transfer", type="transfers", measured_by="transfer",
-        description="predicted class and risk under each classifier that was scored and never guided on",
+        description="predicted class (-2: none of the target's) and risk under each classifier that was scored and"
+        " never guided on",
         parts=(
             Part(name="model", type="str"),
             Part(name="predicted_class", type="int", is_class=True),
@@ -324,7 +328,8 @@ RECORD_COLUMNS: tuple[Column, ...] = (
     ),
     Column(
         name="start_key", type="str", since=4, roles=Role.SAMPLED,
-        description="name of the labelled image that the sample started from; empty without one",
+        description="name of the labelled image that the sample started from, of a real image its own; empty without"
+        " one",
     ),
     Column(
         name="start_sha256", type="str", since=4, roles=Role.SAMPLED,

@@ -14,6 +14,7 @@ import pydantic
 from pydantic import BaseModel
 
 from engine.errors import JobError
+from engine.job.label_maps import label_map_problems
 from engine.job.oracles import floor_of, floor_problems, idle_floor, oracle_problems
 from engine.job.rule_checks import accept_problems, asked_names, model_problems
 from engine.job.spec import LIST_LIMITS, MAX_INDEX, ConditioningSpec, GuidanceSpec, JobSpec, RequestSpec, merge
@@ -118,7 +119,7 @@ def _between_fields(raw: dict[str, Any], places: Sequence[Place]) -> list[Proble
     base = {section: _base(spec, raw.get(section)) for section, spec in OVERRIDABLE.items()}
     problems = _sampling_problems(base["sampling"], ("sampling",)) + _decoder_problems(raw)
     problems += target_problems(raw, is_guided=_has_guided(raw)) + _ensemble_problems(raw, raw, ())
-    problems += oracle_problems(raw)
+    problems += oracle_problems(raw) + label_map_problems(raw, _mappable(raw))
     names: dict[str, int] = {}
     floors, asked = list[Location](), list[tuple[Location, str]]()
     requests = raw.get("requests")
@@ -140,6 +141,17 @@ def _between_fields(raw: dict[str, Any], places: Sequence[Place]) -> list[Proble
                 floors += floor_of(request, guidance, where)
             asked += [((*where, *at), name) for at, name in asked_names(request)]
     return problems + floor_problems(raw, floors, asked)
+
+
+def _mappable(raw: dict[str, Any]) -> list[str]:
+    """Addresses of a job whose models may have a label map, be they right or wrong otherwise."""
+    models = raw.get("models")
+    lists = (
+        [models.get(name) for name in ("further_targets", "transfer", "oracles")] if isinstance(models, dict) else []
+    )
+    named = [address for entries in lists if isinstance(entries, list | tuple) for address in entries]
+    named += [models["oracle"]] if isinstance(models, dict) and models.get("oracle") else []
+    return [address for address in named if isinstance(address, str)]
 
 
 def _guidance(request: RequestSpec, base: dict[str, dict[str, Any]]) -> Any:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import pydantic
 from pydantic import Field, PrivateAttr, StrictBool, StrictInt
 
+from engine.job.label_maps import checked_entries
+from engine.job.spec_messages import shown
 from engine.methods.fields import Context, Number, Plains, Spec, Text
 from engine.methods.parameters import Ensemble, MethodParameters
 from engine.methods.registry import BUILT_IN, METHODS, USER_CODE, Method, method_of
@@ -113,6 +115,12 @@ class ModelsSpec(Spec):
     judge: Address | None = Field(
         default=None, description="Second, independent CLIP model: its conformity is recorded and never guided on."
     )
+    label_map: dict[Address, dict[str, str | None]] = Field(
+        default_factory=dict,
+        description="Of an oracle, transfer model or further target with other class names than the target, by its"
+        " address: its class names (or indices) to those of the target, such as `{models/net: {cats: cat}}`. Names that"
+        " both have need no entry; nothing (`null`) stands for none of the target's.",
+    )
     guidance_decoder: Address | None = Field(
         default=None,
         description="AutoencoderTiny whose decoder guidance differentiates, in place of the pipeline's own; the stored"
@@ -133,6 +141,27 @@ class ModelsSpec(Spec):
         """The oracles in their order; empty without one."""
         return self.oracles or ((self.oracle,) if self.oracle else ())
 
+    @property
+    def mappable(self) -> tuple[str, ...]:
+        """The models whose classes may be other than the target's."""
+        return (*self.further_targets, *self.transfer, *self.all_oracles)
+
+    @pydantic.field_validator("label_map", mode="before")
+    @classmethod
+    def _label_maps(cls, value: Any) -> Any:
+        """Indices become texts, as JSON has no other keys."""
+        if not isinstance(value, dict):
+            raise ValueError("is not a mapping of addresses to label maps, such as {models/net: {cats: cat}}")
+        maps = {}
+        for address, entries in value.items():
+            if not isinstance(address, str):
+                raise ValueError(f"has the key {shown(address)}, where the address of a model is expected")
+            try:
+                maps[address] = checked_entries(entries)
+            except ValueError as error:
+                raise ValueError(f"of {shown(address)}: {error}") from None
+        return maps
+
     @pydantic.model_validator(mode="after")
     def _single_oracle(self) -> Self:
         """A list of one oracle is that one."""
@@ -144,7 +173,7 @@ class ModelsSpec(Spec):
     def _without_absent(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A job with one target, one oracle and no estimate is stored as it was before there could be more."""
         absent = {"further_targets": not self.further_targets, "oracles": not self.oracles}
-        absent["validity"] = self.validity is None
+        absent |= {"validity": self.validity is None, "label_map": not self.label_map}
         return {key: value for key, value in dump(self).items() if not absent.get(key)}
 
 

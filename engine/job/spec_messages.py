@@ -49,6 +49,8 @@ def explain(root: type[BaseModel], item: Any, location: Location) -> str:
         return "a key must be text; put it in quotes if it is meant so"
     if kind == "missing":
         return "missing; this key is required"
+    if location[:2] == ("models", "label_map") or location == ("label_map",):
+        return str(item["msg"]).removeprefix("Value error, ")
     if key == "accept":
         wrong = "is nothing, not" if item["input"] in (None, "") else "is neither"
         return f"{value} {wrong} a condition, such as 'is_error and risk >= 1', nor a mapping of conditions"

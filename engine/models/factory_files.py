@@ -148,8 +148,10 @@ def _listed(folder: Path) -> list[Path]:
 
 def _user_modules() -> list[Path]:
     """The files of the modules in this process that are not of installed packages."""
-    files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-    return sorted({Path(file).resolve() for file in files if file and not is_installed(Path(file).resolve())})
+    # Modules that libraries make name files that are not there.
+    named = {str(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())}
+    files = {Path(name).resolve() for name in named if name}
+    return sorted(file for file in files if file.is_file() and not is_installed(file))
 
 
 def are_as_loaded() -> bool:

@@ -17,7 +17,8 @@ from engine.models.clip_checks import check_clip
 from engine.models.custom_methods import method_problems
 from engine.models.decoder_checks import check_decoder, check_decoder_weights, decoder_problem, float16_problem
 from engine.models.independence import check_independent
-from engine.models.labels import oracle_labels, read_labels
+from engine.models.job_label_maps import label_problems
+from engine.models.labels import read_labels
 from engine.models.oracle_checks import check_oracle
 from engine.models.pipelines.lookup import check_pipeline, check_pipeline_weights, request_problems
 from engine.models.pipelines.parts import has_configurations
@@ -133,23 +134,12 @@ def _check_diffusion(folder: Path, address: str, *, checks_safety: bool) -> None
 
 
 def _label_problems(job: JobSpec) -> list[str]:
-    """Models that are compared must have the same classes in the same order."""
-    problems: list[str] = []
+    """Models whose classes cannot be read as the target's."""
     try:
         wanted = read_labels(job.models.target)
     except JobError as error:
         return [f"models.target: {error}"]
-    compared = [(*pair, read_labels) for pair in _compared_classifiers(job.models)]
-    compared += [(*pair, oracle_labels) for pair in oracle_fields(job.models)]
-    for field, address, labels_of in compared:
-        try:
-            labels = labels_of(address)
-        except JobError as error:
-            problems.append(f"{field}: {error}")
-            continue
-        if wanted and labels and labels != wanted:
-            problems.append(f"{field}: '{address}' has other classes than the target; names and order must be the same")
-    return problems
+    return label_problems(job.models, wanted)
 
 
 def _pair_problems(job: JobSpec) -> list[str]:

@@ -13,7 +13,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from engine.errors import JobError
 from engine.job.plan import class_prompt
 from engine.methods.neighbours import Vote, unit_features, vote_logits
 from engine.models.addresses import resolve
@@ -73,13 +72,13 @@ class Oracle(Protocol):
 
 
 def load_oracle(address: str, device: str, labels: Sequence[str]) -> Oracle:
-    """Load an oracle of any kind: classifier, CLIP model (zero-shot), or *neighbours* artefact.
+    """Load an oracle of any kind: classifier, CLIP model (zero-shot), or *neighbours* artefact, with its own classes.
 
     Args:
-        labels: class names of the target in index order.
+        labels: class names of the target in index order, which a CLIP model takes.
 
     Raises:
-        JobError: it cannot be loaded, is not known to be scored with correctly, or is of other classes.
+        JobError: it cannot be loaded, or is not known to be scored with correctly.
     """
     if is_program(address):
         return Classifier.load(address, device)
@@ -87,7 +86,7 @@ def load_oracle(address: str, device: str, labels: Sequence[str]) -> Oracle:
     kind = kind_in(folder)
     if kind == "classifier":
         return Classifier.load(address, device)
-    return _zero_shot(address, device, labels) if kind == "clip" else _neighbours(address, folder, device, labels)
+    return _zero_shot(address, device, labels) if kind == "clip" else _neighbours(address, folder, device)
 
 
 class EmbeddingOracle:
@@ -159,11 +158,10 @@ def _zero_shot(address: str, device: str, labels: Sequence[str]) -> EmbeddingOra
     )
 
 
-def _neighbours(address: str, folder: Path, device: str, labels: Sequence[str]) -> EmbeddingOracle:
+def _neighbours(address: str, folder: Path, device: str) -> EmbeddingOracle:
     """The vote of the most similar of labelled images; see `engine.methods.neighbours`."""
     document = read_neighbours(folder)
-    if document.labels != tuple(labels):
-        raise JobError(f"'{address}' was prepared for other classes than the target's; prepare it again")
+    labels = document.labels
     # Once more: the files may have changed since the job was checked, or be those of another machine.
     oracle_digest(address)
     features = _read_features(document).to(device)

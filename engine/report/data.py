@@ -15,7 +15,17 @@ from engine.data.run.outcomes import errors, joint_rows, label_validity, oracle_
 from engine.data.run.schema import check_rows
 from engine.data.run.summary import SUMMARY_COLUMNS
 from engine.data.stores.file_errors import shown_path
-from engine.job.columns import BY_NAME, NO_CLASS, PAIR_COLUMNS, Column, Role, by_rank, columns_with, stored_names
+from engine.job.columns import (
+    BY_NAME,
+    NO_CLASS,
+    OTHER_CLASS,
+    PAIR_COLUMNS,
+    Column,
+    Role,
+    by_rank,
+    columns_with,
+    stored_names,
+)
 from engine.job.records import STATUS_FAILED
 from engine.methods.registry import is_guided
 from engine.report.text import joined, many
@@ -185,6 +195,8 @@ def names_by_index(rows: Rows, labels: list[str]) -> dict[int, str]:
 
 def name_of(index: int, names: dict[int, str]) -> str:
     """A class for a reader: its name, or its index where the name is not known."""
+    if index == OTHER_CLASS:
+        return "another class"
     return "none" if index == NO_CLASS else names.get(index, f"class {index}")
 
 

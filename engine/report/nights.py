@@ -141,7 +141,8 @@ class _Album:
         alone = comparison.unpaired_failures[:limit]
         self._limit, self._share = limit, budget_bytes // max(2 * len(pairs) + len(alone), 1)
         self._old = _images(comparison, {sample.old_key: sample.old_risk for sample in pairs}, is_old=True)
-        self._new = _images(comparison, {sample.key: sample.new_risk for sample in (*pairs, *alone)}, is_old=False)
+        new = {pair.key: pair.new_risk for pair in pairs} | {failure.key: failure.new_risk for failure in alone}
+        self._new = _images(comparison, new, is_old=False)
 
     @property
     def problems(self) -> list[str]:

@@ -10,7 +10,7 @@ import base64
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -245,13 +245,9 @@ def render(
     images, problem = _image_shards(store, manifest)
     context["image_problem"] = problem
     template, section = _environment().get_template("report.html.j2"), pair_section(pairs, manifest, found)
-    limit = MAX_SAMPLES
-    while True:
-        gallery = _gallery(images, metadata, pairs, names, limit, section)
-        page = template.render(context | gallery).encode()
-        if len(page) <= MAX_BYTES or not limit:
-            return page
-        limit //= 2
+    return _fitting(
+        lambda limit: template.render(context | _gallery(images, metadata, pairs, names, limit, section)), MAX_SAMPLES
+    )
 
 
 def _image_shards(store: Store, manifest: dict[str, Any]) -> tuple[ImageShards, str]:
@@ -300,9 +296,14 @@ def comparison_page(comparison: Comparison, limit: int) -> bytes:
     Args:
         limit: samples of each kind that are shown.
     """
-    template = _environment().get_template("comparison.html.j2")
+    template, style = _environment().get_template("comparison.html.j2"), page_style()
+    return _fitting(lambda limit: template.render(tonight=nights_context(comparison, limit=limit), style=style), limit)
+
+
+def _fitting(render: Callable[[int], str], limit: int) -> bytes:
+    """A page below 10 MB: what it shows is halved until it is."""
     while True:
-        page = template.render(tonight=nights_context(comparison, limit=limit), style=page_style()).encode()
+        page = render(limit).encode()
         if len(page) <= MAX_BYTES or not limit:
             return page
         limit //= 2

@@ -143,8 +143,8 @@ class RealImages:
         if not self.num_of_other_classes:
             return nothing_usable(source, OPTION, address, self.unusable)
         return (
-            f"{OPTION}: '{address}' has no image of the {len(wanted.classes)} classes of the runs' samples;"
-            f" --real-classes all takes its {self.num_of_other_classes} of others"
+            f"{OPTION}: '{address}' has no image of a class that the samples have; --real-classes all takes its"
+            f" {self.num_of_other_classes} of others"
         )
 
     def _check_enough(self, address: str, labels: tuple[str, ...], wanted: WantedReal) -> None:

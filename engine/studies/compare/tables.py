@@ -36,28 +36,32 @@ PAGE_BEGINNING = "# `"
 CORRECTION = "Holm"
 
 
+def comparison_title(comparison: RunComparison) -> str:
+    """What the tables for the terminal are of."""
+    title = f"{' -> '.join(night_names(comparison.old, comparison.new))}. {_heading(comparison)}"
+    if len(comparison.rows) > MAX_GROUP_ROWS:
+        title += f"; {MAX_GROUP_ROWS} of {len(comparison.rows)} rows, --json has all"
+    return title
+
+
 def comparison_tables(comparison: RunComparison) -> list[Table]:
     """The requests, and under them the classes and contexts that differ most: shares of failures, then medians.
 
     None is wider than `TERMINAL_WIDTH`: metrics go into as many tables as that takes.
     """
-    rows = _chosen(comparison, MAX_GROUP_ROWS)
-    title = f"{' -> '.join(night_names(comparison.old, comparison.new))}. {_heading(comparison)}"
-    if len(rows) < len(comparison.rows):
-        title += f"; {len(rows)} of {len(comparison.rows)} rows, --json has all"
-    metrics = _metrics(comparison)
+    rows, metrics = _chosen(comparison, MAX_GROUP_ROWS), _metrics(comparison)
     shares, medians = ([name for name in metrics if (name in SHARES) == is_share] for is_share in (True, False))
     parts = [shares, *(medians[first : first + MAX_METRICS] for first in range(0, len(medians), MAX_METRICS))]
     return [
-        _table(comparison, rows, part, title if number == 0 else "", has_counts=number == 0)
+        _table(comparison, rows, part, has_counts=number == 0)
         for number, part in enumerate(part for part in parts if part)
     ]
 
 
 def _table(
-    comparison: RunComparison, rows: list[GroupComparison], metrics: Sequence[str], title: str, *, has_counts: bool
+    comparison: RunComparison, rows: list[GroupComparison], metrics: Sequence[str], *, has_counts: bool
 ) -> Table:
-    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("", max_width=MAX_GROUP_CHARS)
     for name in ("samples", *map(metric_name, metrics), *(("new", "fixed") if has_counts else ())):
         table.add_column(textwrap.fill(name, MAX_HEADING_CHARS, break_long_words=False), justify="right")

@@ -21,7 +21,8 @@ from engine.models.classifier import Classifier
 from engine.models.digests import model_digest, oracle_digest
 from engine.models.hardware import choose_hardware, fix_threads
 from engine.models.library_logging import quiet_libraries
-from engine.models.oracles import Oracle, load_oracle
+from engine.models.oracles import Oracle
+from engine.models.relabelled import load_oracle_for
 from engine.models.validity import ModelIdentity
 from engine.studies.prepare.answer_tables import MAX_PROBLEMS, OPTION, AnswerTable, shown
 from engine.studies.prepare.answered import AnsweredImage, AnsweredImages
@@ -138,8 +139,9 @@ class _Judges:
         fix_threads(hardware)
         self.num_rows = batch_size(job, hardware)
         self._target = Classifier.load(job.models.target, hardware.device)
+        self._num_classes, maps = len(labels), job.models.label_map
         self._oracles: list[Oracle] = [
-            load_oracle(address, hardware.device, labels) for address in job.independent_oracles
+            load_oracle_for(address, hardware.device, labels, maps) for address in job.independent_oracles
         ]
 
     def judge(self, batch: list[_Asked], unused: list[Unusable]) -> Iterator[AnsweredImage]:
@@ -153,7 +155,8 @@ class _Judges:
         logits = [oracle.score(padded)[:num] for oracle in self._oracles]
         for oracle, own in zip(self._oracles, logits, strict=True):
             faults.check_logits(own, "models.oracle", oracle.name)
-        p_labels = oracle_scores(logits, [[asked.item.class_index] for asked in batch]).p_label
+        asked_classes = [[asked.item.class_index] for asked in batch]
+        p_labels = oracle_scores(logits, asked_classes, self._num_classes).p_label
         for row, asked in enumerate(batch):
             if faults[row]:
                 unused.append(Unusable(asked.item.name, faults[row]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.data.run.file_names import MANIFEST, PLANS, RESCORED, RESCORING
@@ -14,6 +14,7 @@ from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.job.json_values import digest_of
+from engine.job.label_maps import LabelMap
 from engine.job.plan import TEMPERATURE, Plan, planned_temperature, planned_validity
 from engine.job.spec import JobSpec
 from engine.methods.strict_json import parse_json
@@ -25,11 +26,11 @@ from engine.models.calibration import (
     describe_temperature,
 )
 from engine.models.digests import model_digest, oracle_digest
+from engine.models.job_label_maps import LABEL_MAPS, Maps, label_map_of
 from engine.models.labels import oracle_labels, read_labels
 from engine.models.oracle_checks import check_oracle
 from engine.models.oracle_kinds import oracle_folder, oracle_kind
 from engine.models.programs import is_program
-from engine.studies.compare.program import label_differences
 
 DIGEST_CHARS = 8
 
@@ -45,6 +46,7 @@ class Models:
         guided: digests of the targets that guided the run, where it has several; empty where it has one.
         digests: by role, and the temperature where it is not the target's own.
         validity: the run's estimate of the share of people who agree, where the new oracles are those that it is of.
+        label_map: by address, classes of the new classifiers as those of the run's target (`models.label_map`).
     """
 
     target: str
@@ -56,6 +58,7 @@ class Models:
     named: str = ""
     guided: frozenset[str] = frozenset()
     validity: ValidityModel | None = None
+    label_map: Maps = field(default_factory=dict)
 
     @property
     def temperature(self) -> float | None:
@@ -97,11 +100,13 @@ def open_rescoring(
     output: str | None,
     calibration: str | None = None,
     named: str | None = None,
+    label_map: Maps | None = None,
 ) -> Rescoring:
     """Open a run and the folder for its new scores, and check the classifiers.
 
     Args:
         named: address of the target for the results; that of `target` where not given.
+        label_map: as `models.label_map` of a job, in addition to that of the run's.
 
     Raises:
         JobError: a model is not there or has other classes.
@@ -110,13 +115,25 @@ def open_rescoring(
     run = open_store(address)
     job, plan = stored_plan(run)
     labels = _labels_of(run, job)
-    models = _check_models(target, transfer, _with_guiding(oracles, job), labels)
+    _check_addresses(label_map or {}, [target, *transfer, *oracles])
+    maps = {**job.models.label_map, **(label_map or {})}
+    models = _check_models(target, transfer, _with_guiding(oracles, job), labels, maps)
     models = replace(models, guided=_guided(plan), validity=_validity(models, plan))
     models = replace(_calibrated(models, run, job, plan, calibration), named=named or target)
     folder = open_store(output or run.address(f"{RESCORED}/{_folder_name(target, models)}"))
     rescoring = Rescoring(run=run, folder=folder, job=job, plan=plan, labels=labels, models=models)
     _check_folder(rescoring)
     return rescoring
+
+
+def _check_addresses(label_map: Maps, addresses: Sequence[str]) -> None:
+    """Check that label maps are of classifiers that are asked for.
+
+    Raises:
+        JobError: one is of another.
+    """
+    if unknown := [address for address in label_map if address not in addresses]:
+        raise JobError(f"--label-map: '{unknown[0]}' is none of the classifiers {', '.join(map(repr, addresses))}")
 
 
 def _with_guiding(oracles: Sequence[str], job: JobSpec) -> Sequence[str]:
@@ -146,21 +163,25 @@ def _labels_of(store: Store, job: JobSpec) -> list[str]:
     return labels
 
 
-def _check_models(target: str, transfer: Sequence[str], oracles: Sequence[str], labels: list[str]) -> Models:
+def _check_models(
+    target: str, transfer: Sequence[str], oracles: Sequence[str], labels: list[str], maps: Maps
+) -> Models:
     """Check that the classifiers are there and have the classes of the run.
 
     Raises:
         JobError: all that are not there or have other classes than the run, with the differences.
     """
     problems: list[str] = []
+    found: dict[str, LabelMap] = {}
     asked = [("--target", target), *(("--transfer", address) for address in transfer)]
     for option, address in [*asked, *(("--oracle", address) for address in oracles)]:
         try:
-            found = _labels_of_oracle(address) if option == "--oracle" else _labels_of_classifier(address)
-            if found is not None and (lines := label_differences(labels, found)):
-                problems += [f"{option}: '{address}' has other classes than the run (there -> here)", *lines]
+            theirs = _labels_of_oracle(address) if option == "--oracle" else _labels_of_classifier(address)
+            label_map = label_map_of(address, theirs, labels, maps, " in a file for --label-map")
+            found |= {address: label_map} if label_map else {}
         except JobError as error:
             problems += [f"{option}: {problem}" for problem in error.problems]
+    addresses = [target, *transfer, *oracles]
     if problems:
         raise JobError(problems)
     digests: dict[str, Any] = {"target": model_digest(target)}
@@ -169,8 +190,10 @@ def _check_models(target: str, transfer: Sequence[str], oracles: Sequence[str], 
     of_oracles = [oracle_digest(address) for address in oracles]
     digests |= {"oracle": of_oracles[0]} if oracles else {}
     digests |= {"oracles": of_oracles} if len(oracles) > 1 else {}
+    digests |= {LABEL_MAPS: {address: list(one.places) for address, one in found.items()}} if found else {}
     return Models(
         target=target,
+        label_map={address: entries for address, entries in maps.items() if address in addresses},
         calibration=None,
         described={},
         transfer=tuple(transfer),

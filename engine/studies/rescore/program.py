@@ -24,6 +24,7 @@ from engine.data.stores.lease import hold
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.job.records import STATUS_OK, STATUS_REJECTED
 from engine.models.calibration import temperature_text
+from engine.models.job_label_maps import Maps
 from engine.studies.compare.program import RunComparison, compare_runs
 from engine.studies.compare.scored_run import read_scored_run
 from engine.studies.compare.tables import summary_document
@@ -70,6 +71,7 @@ def rescore_run(
     calibration: str | None = None,
     output: str | None = None,
     named: str | None = None,
+    label_map: Maps | None = None,
     advance: Callable[[str], None] = lambda text: None,
     notice: Callable[[str], None] = lambda text: None,
 ) -> Rescored:
@@ -84,6 +86,7 @@ def rescore_run(
             it is the run's target.
         output: the folder; by default `RUN/rescored/TARGET-DIGEST`.
         named: address of the target that the results have in place of `target`, where it is about to be moved there.
+        label_map: by address of a classifier its class names to those of the run, as `models.label_map` of a job.
         advance: progress callback.
         notice: called with messages for the user.
 
@@ -93,7 +96,7 @@ def rescore_run(
         CorruptShardError: a shard of the run is damaged.
         OwnedError: another process rescores into this folder, or it lies in the run and a driver is at work there.
     """
-    rescoring = open_rescoring(address, target, transfer, oracles, output, calibration, named)
+    rescoring = open_rescoring(address, target, transfer, oracles, output, calibration, named, label_map)
     if rescoring.models.digests["target"] in rescoring.models.guided:
         notice(f"'{target}' is one of several targets that guided this run: its scores show no transfer")
     with ExitStack() as leases:
@@ -138,7 +141,7 @@ def _score(rescoring: Rescoring, advance: Callable[[str], None]) -> int:
     commits = list_commits(rescoring.run)
     if not commits:
         raise OutputError(f"{rescoring.run.uri}: no shard is committed yet; there is nothing to score")
-    scoring, started = Scoring(rescoring.job, rescoring.models, advance), time.time()
+    scoring, started = Scoring(rescoring.job, rescoring.models, rescoring.labels, advance), time.time()
     for place, number in enumerate(sorted(commits)):
         advance(f"shard {place + 1} of {len(commits)}, {scoring.num_scored} images scored")
         rescore_shard(rescoring, number, scoring)

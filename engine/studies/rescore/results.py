@@ -89,7 +89,10 @@ def _new_job(rescoring: Rescoring) -> JobSpec:
     addresses |= {"transfer": models.transfer} if models.transfer else {}
     addresses |= _oracle_fields(models.oracles) if models.oracles else {}
     addresses |= {"validity": None} if models.validity is None else {}
-    return job.model_copy(update={"models": job.models.model_copy(update=addresses)})
+    new = job.models.model_copy(update=addresses)
+    maps = {**job.models.label_map, **models.label_map}
+    kept = {address: one for address, one in maps.items() if address in new.mappable}
+    return job.model_copy(update={"models": new.model_copy(update={"label_map": kept})})
 
 
 def _oracle_fields(addresses: Sequence[str]) -> dict[str, Any]:

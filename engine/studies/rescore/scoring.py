@@ -20,7 +20,7 @@ from engine.studies.rescore.inputs import Models, Rescoring
 
 if TYPE_CHECKING:
     from engine.generation.oracle_scoring import Oracles
-    from engine.models.classifier import Classifier
+    from engine.models.oracles import Oracle
 
 NOT_STORED = "not scored again: no image is stored"
 BATCH = 64
@@ -45,26 +45,28 @@ class Sample(NamedTuple):
 class Scoring:
     """The new classifiers, loaded when the first image is scored."""
 
-    def __init__(self, job: JobSpec, models: Models, advance: Callable[[str], None]) -> None:
-        self._job, self._models, self._advance = job, models, advance
-        self._loaded: tuple[Classifier, list[Classifier], Oracles] | None = None
+    def __init__(self, job: JobSpec, models: Models, labels: Sequence[str], advance: Callable[[str], None]) -> None:
+        self._job, self._models, self._labels, self._advance = job, models, labels, advance
+        self._loaded: tuple[Oracle, list[Oracle], Oracles] | None = None
         self.num_scored = 0
 
-    def _load(self) -> tuple[Classifier, list[Classifier], Oracles]:
+    def _load(self) -> tuple[Oracle, list[Oracle], Oracles]:
         if self._loaded is None:
             import torch
 
             from engine.generation.oracle_scoring import Oracles
             from engine.models.classifier import Classifier
             from engine.models.library_logging import quiet_libraries
-            from engine.models.oracles import load_oracle
+            from engine.models.relabelled import load_classifier_for, load_oracle_for, with_labels
 
             self._advance("loading the classifiers")
             quiet_libraries()
             device = "cuda" if torch.cuda.is_available() and self._job.runtime.device != "cpu" else "cpu"
-            transfer = [Classifier.load(address, device) for address in self._models.transfer]
-            target = Classifier.load(self._models.target, device, self._models.temperature)
-            models = [load_oracle(address, device, target.labels) for address in self._models.oracles]
+            labels, maps = self._labels, self._models.label_map
+            transfer = [load_classifier_for(address, device, labels, maps) for address in self._models.transfer]
+            own = Classifier.load(self._models.target, device, self._models.temperature)
+            target = with_labels(own, labels, maps)
+            models = [load_oracle_for(address, device, labels, maps) for address in self._models.oracles]
             oracles = Oracles(models, is_guiding=self._job.oracle_guides, validity=self._models.validity)
             self._loaded = target, transfer, oracles
         return self._loaded
@@ -104,7 +106,7 @@ class Scoring:
             for place, (sample, row) in enumerate(zip(samples, rows, strict=True))
         ]
 
-    def _add_twins(self, target: Classifier, samples: Sequence[Sample], rows: Sequence[Row]) -> None:
+    def _add_twins(self, target: Oracle, samples: Sequence[Sample], rows: Sequence[Row]) -> None:
         """What the new target says of the twins, in the rows of their samples; nothing where it is not finite."""
         import torch
 
