@@ -187,7 +187,8 @@ def inline_commands(page: Path) -> Iterator[str]:
 
 def arguments_of(command: str) -> list[str] | None:
     """What a command gives to `riskforge`, or None where it calls something else."""
-    words = shlex.split(command.replace("$K", "3"))
+    # What others run may have quotes around what separates commands.
+    words = shlex.split(command.replace("$K", "3")) if "riskforge" in command else []
     while words and re.fullmatch(r"uv|run|--no-sync|[A-Z_]+=\S*", words[0]):
         words = words[1:]
     return words[1:] if words and Path(words[0]).name == "riskforge" else None
