@@ -165,7 +165,9 @@ UsageError: Any = next(one for one in typer.BadParameter.__mro__ if one.__name__
 def command_lines(page: Path) -> Iterator[str]:
     """The shell commands of a page, one by one, without comments; also those of a `ray exec` and those with outputs."""
     shown = [
-        "\n".join(re.findall(r"^\$ ((?:\\\n|.)*)", text, re.MULTILINE)).replace("\\\n> ", "\\\n")
+        "\n".join(
+            re.sub(r"\\?\n> ", " ", command) for command in re.findall(r"^\$ (.*(?:\n> .*)*)", text, re.MULTILINE)
+        )
         for _, text in blocks(page, "console")
     ]
     for text in [*(text for _, text in blocks(page, "bash")), *shown]:
@@ -185,7 +187,8 @@ def inline_commands(page: Path) -> Iterator[str]:
 
 def arguments_of(command: str) -> list[str] | None:
     """What a command gives to `riskforge`, or None where it calls something else."""
-    words = shlex.split(command.replace("$K", "3"))
+    # What others run may have quotes around what separates commands.
+    words = shlex.split(command.replace("$K", "3")) if "riskforge" in command else []
     while words and re.fullmatch(r"uv|run|--no-sync|[A-Z_]+=\S*", words[0]):
         words = words[1:]
     return words[1:] if words and Path(words[0]).name == "riskforge" else None

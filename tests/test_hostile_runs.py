@@ -28,7 +28,7 @@ import pytest
 from engine import cli
 from engine.data.run.commit_record import COMMITS
 from engine.data.run.commits import compact_commits
-from engine.data.run.file_names import EVALUATION, MANIFEST, METADATA, TWINS_TABLE
+from engine.data.run.file_names import COMPARISON, EVALUATION, MANIFEST, METADATA, TWINS_TABLE
 from engine.data.run.schema import arrow_schema
 from engine.data.run.twins_table import FoundTwins, twins_table, write_twins
 from engine.data.stores.opening import open_store
@@ -61,6 +61,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     paired = {"method": "risky", "twin": True, "start": {"images": str(images), "strength": 0.5}}
     run_sleepy(run, 1, LocalExecutor(1), request=paired)
     (run / EVALUATION).write_text(json.dumps(EVALUATED))
+    (run / COMPARISON).write_text(json.dumps(COMPARED))
     _find_twins(run)
     scores = run / RESCORED
     (scores / "_state").mkdir(parents=True)
@@ -86,6 +87,28 @@ EVALUATED: dict[str, Any] = {
     "real": None, "samples": {}, "quality": [], "text_scores": None, "memorisation": None,
     "slices": {"which": "all", "model": "m", "num_failures": 0, "num_samples": 10, "error_rate": 0.0},
     "extremes": [], "images": {},
+}  # fmt: skip
+
+
+_SIDE = {"address": "away", "name": "sleepy", "night": "", "target": {"address": "t", "digest": "d"}, "num_samples": 9}
+COMPARED: dict[str, Any] = {
+    "old": _SIDE, "new": _SIDE, "baseline": "b.json", "confidence": 0.95, "correction": "Holm",
+    "metric_names": {"risk": "median risk"}, "notes": ["n"], "crossed": ["c"],
+    "rows": [
+        {
+            "request": "r", "level": "request", "group": "", "num_old": 9, "num_new": 9, "num_pairs": 9,
+            "num_new_failures": 1, "num_mended": 0,
+            "metrics": {"risk": {"old": 1.0, "new": 2.0, "change": 1.0, "low": 0.5, "high": 1.5, "significant": True}},
+        }
+    ],
+    "new_failures": [
+        {
+            "key": "sleepy-000-000-00000000", "old_key": "k", "request": "r", "class_name": "c", "context": "",
+            "old_predicted_class": 0, "old_predicted_class_name": "a", "predicted_class": 1,
+            "predicted_class_name": "b", "old_risk": 0.1, "new_risk": 2.0,
+        }
+    ],
+    "mended": [], "unpaired_failures": [], "num_new_failures": 1, "num_mended": 0, "num_unpaired_failures": 0,
 }  # fmt: skip
 
 
@@ -171,13 +194,14 @@ FILES = {
     "metadata": METADATA,
     "manifest": MANIFEST,
     "evaluation": EVALUATION,
+    "comparison": COMPARISON,
     "twins": TWINS_TABLE,
     "success": "_SUCCESS",
     "wids": "shards/wids.json",
     "scores-manifest": f"{RESCORED}/{MANIFEST}",
     "scores-metadata": f"{RESCORED}/{METADATA}",
 }
-DOCUMENTS = ("plan", "record", "lease", "manifest", "evaluation", "scores-manifest")
+DOCUMENTS = ("plan", "record", "lease", "manifest", "evaluation", "comparison", "scores-manifest")
 
 
 def place_of(run: Path, name: str) -> Path:

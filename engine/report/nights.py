@@ -107,13 +107,18 @@ class NightRow:
     counts: tuple[str, str]
 
 
-def nights_context(comparison: Comparison, *, limit: int, budget_bytes: int = NIGHTS_BUDGET_BYTES) -> dict[str, Any]:
+def nights_context(
+    comparison: Comparison, *, limit: int, budget_bytes: int = NIGHTS_BUDGET_BYTES, address: str = ""
+) -> dict[str, Any]:
     """What the template needs of a comparison, with the images that its runs still have.
 
     Args:
         limit: samples of each kind that are shown.
         budget_bytes: of all images.
+        address: of the newer run, which may have been moved since it was compared.
     """
+    if address:
+        comparison = comparison.model_copy(update={"new": comparison.new.model_copy(update={"address": address})})
     album = _Album(comparison, limit, budget_bytes)
     rows = _chosen(comparison.rows)
     return {

@@ -232,7 +232,7 @@ def render(
         **_distributions(rows),
         "evaluation": evaluation_context(evaluation, len(rows)),
         "evaluation_problem": problem,
-        "tonight": None if pinned is None else _tonight(pinned, rows),
+        "tonight": None if pinned is None else _tonight(pinned, store, rows),
         "tonight_problem": pinned_problem,
         "people": people_context(people.results),
         "people_problems": people.problems,
@@ -257,9 +257,9 @@ def _image_shards(store: Store, manifest: dict[str, Any]) -> tuple[ImageShards, 
     return ImageShards(run, manifest["name"], None if own else scored_shards(store) or None), problem
 
 
-def _tonight(pinned: Comparison, rows: Rows) -> dict[str, Any]:
+def _tonight(pinned: Comparison, store: Store, rows: Rows) -> dict[str, Any]:
     """The comparison with the baseline; it says where the run has grown since."""
-    context = nights_context(pinned, limit=SECTION_SAMPLES, budget_bytes=SECTION_BUDGET_BYTES)
+    context = nights_context(pinned, limit=SECTION_SAMPLES, budget_bytes=SECTION_BUDGET_BYTES, address=store.uri)
     num_scored, stale = int(rows.scored.sum()), ""
     if num_scored != pinned.new.num_samples:
         stale = (
