@@ -72,7 +72,8 @@ EVALUATE = {
 }  # fmt: skip
 EXPORT = {
     "output": "f", "samples_per_shard": 3, "seed": 4, "name": "n", "deduplicate": 0.9, "clip": "c", "real": "d",
-    "real_ratio": 0.0, "real_classes": "all", "license": "MIT", "authors": ("e", "g"), "with_rejected": True, "with_surplus": False, "allow_different_targets": True,
+    "real_ratio": 0.0, "real_classes": "all", "license": "MIT", "authors": ("e", "g"),
+    "with_rejected": True, "with_surplus": False, "allow_different_targets": True,
 }  # fmt: skip
 MERGE = EXPORT | {"condition": "", "format": "webdataset", "0": ("a", "b")}
 RESCORE = {"0": "run", "1": "t", "transfer": ["a", "b"], "oracles": ["o"], "output": "f"}
@@ -105,7 +106,8 @@ NAMED = ("--license", "MIT", "--author", "e", "--author", "g", "--allow-differen
         ("engine.data.reading.export.export", ("merge", *EXPORTED, *MIXED, *NAMED), MERGE),
         (
             "engine.data.reading.export.export",
-            ("export", *EXPORTED, *MIXED, *NAMED, "--filter", "risk > 1", "--format", "imagefolder", "--folders", "name"),
+            ("export", *EXPORTED, *MIXED, *NAMED, "--filter", "risk > 1", "--format", "imagefolder", "--folders",
+             "name"),
             EXPORT | {"condition": "risk > 1", "format": "imagefolder", "folders": "name"},
         ),
         (
