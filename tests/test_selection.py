@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,14 @@ import pytest
 
 from engine.data.images import image_key
 from engine.data.reading.deduplicate import near_duplicates
-from engine.data.reading.real_images import RealImages
+from engine.data.reading.real_images import RealImages, WantedReal
 from engine.data.reading.selection import shuffled
 from engine.errors import JobError
+
+
+def wanted(count: int) -> WantedReal:
+    """So many of both classes."""
+    return WantedReal(classes=frozenset({0, 1}), count=count, per_class=None, there=Counter())
 
 
 def test_the_order_depends_on_the_seed_and_on_no_third_key() -> None:
@@ -43,7 +49,7 @@ def test_real_images_are_drawn_by_their_pixels_and_the_seed(tmp_path: Path) -> N
     drawn = []
     for seed in (0, 1):
         real = RealImages(tmp_path / f"spool-{seed}", "x", "png")
-        real.draw(str(tmp_path / "data"), ("cat", "dog"), 5, seed, lambda text: None)
+        real.draw(str(tmp_path / "data"), ("cat", "dog"), wanted(5), seed, lambda text: None)
         images = [PIL.Image.open(io.BytesIO(real.read(number, ("cat", "dog")).image)) for number in range(5)]
         ranks = {
             level: hashlib.blake2b(
@@ -73,8 +79,9 @@ def test_equal_pixels_are_drawn_once(tmp_path: Path) -> None:
     (tmp_path / "data/dog").mkdir()
     PIL.Image.new("RGB", (8, 8), (30,) * 3).save(tmp_path / "data/dog/e.png")
     real = RealImages(tmp_path / "spool", "x", "png")
-    real.draw(str(tmp_path / "data"), ("cat", "dog"), 3, 0, lambda text: None)
-    assert real.num_usable == 3 and sorted(real.classes) == [0, 0, 1]
+    real.draw(str(tmp_path / "data"), ("cat", "dog"), wanted(3), 0, lambda text: None)
+    assert real.usable == {0: 2, 1: 1} and sorted(real.classes) == [0, 0, 1]
     assert len({real.read(number, ("cat", "dog")).image for number in range(3)}) == 3
     with pytest.raises(JobError, match="has 3 that can be used"):
-        RealImages(tmp_path / "other", "x", "png").draw(str(tmp_path / "data"), ("cat", "dog"), 4, 0, lambda text: None)
+        other = RealImages(tmp_path / "other", "x", "png")
+        other.draw(str(tmp_path / "data"), ("cat", "dog"), wanted(4), 0, lambda text: None)

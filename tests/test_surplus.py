@@ -35,10 +35,13 @@ WANTED = 24
 
 
 def quota_job(folder: Path, count: int = 4, *, store_rejected: bool) -> JobSpec:
-    """24 accepted samples of three classes, whatever their context, named as the documentation's run."""
+    """24 accepted samples of three classes, whatever their context, named as the documentation's run.
+
+    Few are accepted at first, so that a round makes more of a class than it lacks.
+    """
     requests = [
         {"name": "read", "method": "prompt", "classes": ["three", "five", "eight"], "count": count,
-         "contexts": ["", "small, bottom left"], "accept": {"is_error": True}, "max_attempts": 400}
+         "contexts": ["", "small, bottom left"], "accept": "is_error and risk > 2", "max_attempts": 400}
     ]  # fmt: skip
     return composed_job(
         folder, count=1, name="quickstart", requests=requests, output={
@@ -142,8 +145,8 @@ def test_surplus_takes_the_place_of_near_duplicates(run: Path, tmp_path: Path) -
     rows = engine.open_run(str(run)).with_images(surplus=True).to_table(["key", "class_name", "surplus"]).to_pylist()
     stored = {key: image for tar in (run / "shards").glob("*.tar") for key, image, *_ in read_shard(tar)}
     clip = Clip.load("zoo:digits/clip")
-    units = {row["key"]: clip.image_embeds([decode_rgb(stored[row["key"]])])[0] for row in rows}
-    units = {key: unit / unit.norm() for key, unit in units.items()}
+    embeds = clip.image_embeds([decode_rgb(stored[row["key"]]) for row in rows])
+    units = {row["key"]: embed / embed.norm() for row, embed in zip(rows, embeds, strict=True)}
     kept: dict[str, list[str]] = {"three": [], "five": [], "eight": []}
     dropped, filled = Counter[str](), Counter[str]()
     for row in [*(row for row in rows if not row["surplus"]), *(row for row in rows if row["surplus"])]:
