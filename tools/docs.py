@@ -69,8 +69,8 @@ may be used."""
 REQUESTS_NOTE = """`count` is for each class (or subset) *and* context. With `accept` it is a quota of *accepted*
 samples: a class is sampled, in rounds of what is missing at its measured yield, until it has `count` times the number
 of contexts of them, whatever their context, or `max_attempts` are made. The first ones in index order count, later
-ones are marked `surplus` in `metadata.parquet`; the others are recorded as `rejected` (`output.store_rejected: true` keeps
-their images too). Requests of one `seed_group` share noise sample by sample: that is how methods are compared.
+ones are marked `surplus` in `metadata.parquet`; the others are recorded as `rejected` (`output.store_rejected: true`
+keeps their images too). Requests of one `seed_group` share noise sample by sample: that is how methods are compared.
 `sampling` and `guidance` override the job's, key by key.
 
 `accept` says which samples are kept: a condition in the [filter language](reading.md#the-filter-language), as text.
