@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The models are tiny, and several processes work at a time. Read when torch is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nothing is kept between sessions of tests.
+os.environ["RISKFORGE_CACHE"] = ""
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 # Ray would kill actors where others have filled the machine's memory.
 os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")

@@ -85,7 +85,7 @@ def make_result(
     label = spec.cell.classes[draw.randrange(len(spec.cell.classes))]
     record = new_record(spec) | {
         "status": "ok",
-        "class_name": LABELS[label],
+        "class_name": LABELS[label] if label < len(LABELS) else str(label),
         "class_index": label,
         "risk": 4 * draw.random(),
         "predicted_class": draw.randrange(3),

@@ -233,8 +233,15 @@ def test_the_card_of_an_export(tmp_path: Path, kind: str, with_real: bool, with_
     assert (f"and {counts['real']} real ones (`method` is `real`, `scored` is false)" in card) == with_real
     assert ("those of real images are of their data set" in card) == with_real
     assert (f"**{counts['samples']['rejected']} images were rejected by the rule" in card) == with_rejected
-    assert ("classes.json" in card) == (kind == "imagefolder")
+    assert ("folders.json" in card) == (kind == "imagefolder") and "`classes.json`" in card
     assert ("dataset_info" in yaml.safe_load(card.split("---\n")[1])) == (kind == "webdataset")
+    assert "**Error rates here are not rates on real images.**" in card and "**Licence:** not stated." in card
+    assert json.loads((done.path / "classes.json").read_text()) == {"0": "zero", "1": "one", "2": "two"}
+    rows = [line.strip("| ").split(" | ") for line in card.splitlines() if re.match(r"\| \d", line)]
+    assert [row[:2] for row in rows] == [["0", "`zero`"], ["1", "`one`"], ["2", "`two`"]]
+    assert sum(int(row[2]) for row in rows) == counts["generated"]
+    assert [int(row[3]) for row in rows] == [counts["classes"][name]["real"] for name in ("zero", "one", "two")]
+    assert sum(int(row[3]) for row in rows) == counts["real"]
 
 
 def test_real_images_of_an_earlier_export_are_no_synthetic_ones(tmp_path: Path) -> None:
@@ -251,3 +258,64 @@ def test_real_images_of_an_earlier_export_are_no_synthetic_ones(tmp_path: Path) 
     assert counts["real"] == counts["generated"]
     with pytest.raises(JobError, match=r"--real-ratio: .* are real images of an earlier export"):
         export((str(mixed.path),), ExportOptions(output=str(tmp_path / "never"), name="x", real=real, real_ratio=0.1))
+
+
+REQUESTS = [
+    {"name": "hard", "method": "risky", "classes": ["one"], "count": 3, "accept": "is_error and risk > 1",
+     "contexts": ["", "red | <b>ink</b>"], "prompt": "a {class} of {context} `x`",
+     "guidance": {"risky": {"target_risk": 2.5}}},
+    {"name": "plain", "method": "prompt", "boundary": ["one", "two"], "count": 2, "fresh": "2026-11-21"},
+]  # fmt: skip
+
+
+def test_a_merged_card_says_what_the_runs_were_asked_for(tmp_path: Path) -> None:
+    """Rules, prompts, contexts, guidance and licences of every run, also through a merge; equal jobs once."""
+    runs = [make_run(tmp_path / name, name="night", seed=seed, requests=REQUESTS) for seed, name in enumerate("ab")]
+    other = make_run(tmp_path / "c", name="other", finish=False, count=4)
+    options = ExportOptions(output=str(tmp_path / "one"), license="cc-by-4.0", authors=("Ada: <b>", "- B `x`"))
+    export(tuple(map(str, runs)), options)
+    again = ExportOptions(output=str(tmp_path / "two"), license="MIT or apache-2.0")
+    done = export((str(tmp_path / "one"), str(other)), again)
+    one, two = ((tmp_path / name / "README.md").read_text() for name in ("one", "two"))
+    for card in (one, two):
+        assert card.count("- **hard**: method `risky`, guided to risk") == 1
+        assert f"Runs: `{runs[0]}`, `{runs[1]}`." in card
+        assert "accepted when: `is_error and risk > 1`" in card and "accepted: every one, without a rule" in card
+        assert "prompt: `` a {class} of {context} `x` ``" in card and "prompt: `{class} and {class}`" in card
+        assert "contexts, after the prompt: none, `red | <b>ink</b>`" in card and "target_risk `2.5`" in card
+        assert "| `target` | address `zoo:t`, digest `t0`, license `apache-2.0` |" in card
+        assert "2026-11-21" not in card, "it is of one night alone"
+    assert "### `other`" in two and "- **between**" in two and "### `other`" not in one
+    made = sum(json.loads((run / "manifest.json").read_text())["counts"]["requests"]["hard"]["ok"] for run in runs)
+    assert f" attempts: {made} ok" in one
+    header = yaml.safe_load(one.split("---\n")[1])
+    assert header["license"] == "cc-by-4.0" and header["authors"] == ["Ada: <b>", "- B `x`"]
+    assert "**Licence:** `CC-BY-4.0`" in one and "**Authors:** `Ada: <b>`, `` - B `x` ``." in one
+    header = yaml.safe_load(two.split("---\n")[1])
+    assert (header["license"], header["license_name"]) == ("other", "mit-or-apache-2.0")
+    assert [origin["name"] for origin in done.manifest["origins"]] == ["night", "night", "other"]
+
+
+@pytest.mark.parametrize(
+    "origins",
+    [
+        7, [7, None, "x"], [{}], [{"job": [], "models": 7, "counts": "x"}],
+        [{"job": {"name": "x"}, "models": {"target": {"license": 7, "trained_on": 3}, "clip": [7]}, "name": 3}],
+        [{"counts": {"requests": {"all": 7}, "quotas": {"all": [{}]}, "guidance": [], "screening": {"all": 3}}}],
+        [{"models": {"target": {"address": "../\0|`x`"}}, "uri": "`|\n# x"}] * 2,
+    ],
+)  # fmt: skip
+def test_origins_that_somebody_else_wrote_are_no_traceback(tmp_path: Path, origins: Any) -> None:
+    """A merge of a merge whose manifest was bent: what cannot be read is left out of the card."""
+    run = make_run(tmp_path / "run", count=4)
+    export((str(run),), ExportOptions(output=str(tmp_path / "one")))
+    path = tmp_path / "one" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    job = manifest["origins"][0]["job"]
+    if isinstance(origins, list):
+        origins = [{"job": job} | origin if isinstance(origin, dict) else origin for origin in origins]
+    path.write_text(json.dumps(manifest | {"origins": origins}))
+    done = export((str(tmp_path / "one"),), ExportOptions(output=str(tmp_path / "two")))
+    card = (done.path / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["pretty_name"] == "corpus"
+    assert "\n# x" not in card and "## How it was made" in card

@@ -48,6 +48,7 @@ def rows_of(requests: list[str], **numbers: Any) -> Rows:
     status = numbers.pop("status", whole)
     return Rows(
         request=Categories(codes, names), class_name=whole, status=status, context=whole, worker=whole,
+        label_valid=np.full(size, -1.0), guided=[False] * len(names),
         numbers={name: np.array(values) for name, values in numbers.items()}, subsets=subsets, **masks,
     )  # fmt: skip
 
@@ -197,7 +198,7 @@ def test_the_shade_of_a_cell_is_its_share() -> None:
 def test_a_confusion_row_is_shaded_by_its_own_sum() -> None:
     """Not by its largest count."""
     rows = rows_of(["a"] * 4, class_index=[0] * 4, predicted_class=[0, 1, 0, 1])
-    table = render._confusion(rows, {0: "zero", 1: "one"})
+    table = render._confusion(rows, {0: "zero", 1: "one"}, np.ones(len(rows), dtype=bool))
     assert table is not None
     assert [cell["style"] for cell in table["lines"][0]["cells"]] == ["h3 own", "h3"]
 
@@ -247,7 +248,10 @@ def test_scores_and_the_main_score_are_of_scored_samples_and_the_kind_of_request
 
 def test_the_most_frequent_errors_come_first() -> None:
     rows = rows_of(["a"] * 4, class_index=[0, 1, 1, 2], predicted_class=[1, 2, 2, 2], target_errs=[True] * 3 + [False])
-    assert error_pairs(rows, {0: "zero", 1: "one", 2: "two"}) == [("one", "two", 2), ("zero", "one", 1)]
+    assert error_pairs(rows, {0: "zero", 1: "one", 2: "two"}, np.ones(len(rows), dtype=bool)) == [
+        ("one", "two", 2),
+        ("zero", "one", 1),
+    ]
 
 
 def test_a_partner_is_the_first_plain_request_of_the_group() -> None:

@@ -13,7 +13,7 @@ from engine.errors import JobError, OutputError
 from engine.methods.intervals import Estimate
 from engine.studies.compare import significance
 from engine.studies.compare.baseline import pin_run, read_baseline
-from engine.studies.compare.limits import Limits, check_limits, crossed_limits
+from engine.studies.compare.limits import Crossing, Limits, check_limits, crossed_limits
 from engine.studies.compare.matching import match_rows
 from engine.studies.compare.program import GroupComparison, RunComparison, compare_runs
 from engine.studies.compare.scored_run import ScoredRun
@@ -157,7 +157,8 @@ def test_new_and_mended_failures_are_named():
     is_error = old.is_error.copy()
     is_error[wrong], is_error[right] = True, False
     comparison = compare_runs(old, replace(old, is_error=is_error))
-    assert [one.key for one in comparison.new_failures] == [f"sim-{row:06d}" for row in wrong]
+    by_risk = sorted(wrong, key=lambda row: -old.scores["risk"][row])
+    assert [one.key for one in comparison.new_failures] == [f"sim-{row:06d}" for row in by_risk]
     assert [one.key for one in comparison.fixed] == [f"sim-{row:06d}" for row in right]
     row = comparison.rows[0]
     assert (row.num_new_failures, row.num_fixed, row.num_pairs) == (2, 1, 60)
@@ -258,8 +259,9 @@ def test_a_pinned_run_is_the_run(tmp_path):
             assert np.array_equal(a, b, equal_nan=one.name == "valid"), one.name
         elif one.name == "scores":
             assert list(a) == list(b) and all(np.array_equal(a[name], b[name]) for name in a)
-        else:
+        elif one.name != "is_baseline":
             assert a == b, one.name
+    assert read.is_baseline and not night.is_baseline
     assert not list(tmp_path.glob("deep/.*"))
     document = json.loads(path.read_text())
     changes = (
@@ -304,7 +306,8 @@ def test_markdown_and_json_hold_no_markup_of_others():
     """Contexts are hostile input; JSON is JSON."""
     rng = np.random.default_rng(13)
     comparison = compare_runs(make_night(rng), make_night(rng, shift=1.0))
-    assert "``context red \\| <b>`ink`</b>``" in comparison_markdown(comparison, ["<i>"])
+    crossing = Crossing(place=comparison.rows[0].place, metric="risk", text="<i>")
+    assert "``context red \\| <b>`ink`</b>``" in comparison_markdown(comparison, [crossing])
     document = json.loads(json.dumps(comparison_document(comparison, Limits(), []), allow_nan=False))
     assert len(document["rows"]) == 12 and document["correction"] == "Holm"
     assert {one["key"] for one in document["new_failures"]} <= set(comparison.new.keys)
@@ -335,7 +338,7 @@ def test_a_limit_is_crossed_above_it_and_by_requests_alone():
         rows = [row_with({"risk": difference(0.5, low, 1.0)}, {}, level=level) for level in ("request", "class")]
         assert len(crossed_limits(comparison_of(*rows), limits)) == num_crossed
     [line] = crossed_limits(comparison_of(row_with({"risk": difference(0.5, 0.3, 1.0)}, {})), limits)
-    assert line == "panel: median risk grew by 0.5 (at least 0.3 at 95%); 0.25 is allowed"
+    assert line.text == "panel: median risk grew by 0.5 (at least 0.3 at 95%); 0.25 is allowed"
 
 
 @pytest.mark.parametrize(

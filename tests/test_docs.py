@@ -164,7 +164,10 @@ UsageError: Any = next(one for one in typer.BadParameter.__mro__ if one.__name__
 
 def command_lines(page: Path) -> Iterator[str]:
     """The shell commands of a page, one by one, without comments; also those of a `ray exec` and those with outputs."""
-    shown = ["\n".join(re.findall(r"^\$ (.*)", text, re.MULTILINE)) for _, text in blocks(page, "console")]
+    shown = [
+        "\n".join(re.findall(r"^\$ ((?:\\\n|.)*)", text, re.MULTILINE)).replace("\\\n> ", "\\\n")
+        for _, text in blocks(page, "console")
+    ]
     for text in [*(text for _, text in blocks(page, "bash")), *shown]:
         joined = text.replace("\\\n", " ")
         for line in joined.splitlines():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,15 +21,18 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import engine
 from engine import cli
 from engine.data.images import LabelledImage, decode_rgb, digits, image_key, open_images
+from engine.data.images.encoding import encode
 from engine.data.reading import export as export_module
 from engine.data.reading.deduplicate import near_duplicates
 from engine.data.reading.export import export
 from engine.data.reading.export_options import ExportOptions
 from engine.data.reading.formats import class_folders
+from engine.data.reading.listing import list_samples, save_images
 from engine.data.reading.selection import SampleReader
 from engine.data.run import shard_writing
 from engine.data.run.shards import inspect_pair, read_shard
@@ -102,16 +107,16 @@ def test_a_merge_has_the_samples_of_its_runs(first: Path, second: Path, tmp_path
     for tar in sorted((tmp_path / "out" / "shards").glob("*.tar")):
         assert inspect_pair(tar, tar.with_suffix(".parquet")).counts.ok in (10, len(out) % 10)
     assert list(out) != sorted(out) and done.manifest["counts"]["images"] == len(out)
-    assert done.remarks == (
-        f"{second} is not finished: 3 committed shards so far",
-        f"{second}: its keys were taken already, and begin with r2- now",
-    )
+    assert done.remarks == (f"{second} is not finished: 3 committed shards so far",)
+    [notice] = done.notices
+    assert f"{second}: is named 'demo' like {first}, and has other images under " in notice
+    assert "in the new data set all its keys begin with r2-, such as r2-demo-000-" in notice
 
 
 def test_the_folder_is_as_complete_as_a_run(first: Path, tmp_path: Path) -> None:
     export((str(first),), ExportOptions(output=str(tmp_path / "out"), condition="risk > 1", name="some-name"))
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"shards", "metadata.parquet", "manifest.json", "README.md", "_SUCCESS"}
+    assert names == {"shards", "metadata.parquet", "manifest.json", "classes.json", "README.md", "_SUCCESS"}
     assert sorted(path.name for path in (tmp_path / "out" / "shards").iterdir()) == [
         "_info.json", "some-name-000000.parquet", "some-name-000000.tar", "wids.json",
     ]  # fmt: skip
@@ -155,7 +160,7 @@ def test_what_two_runs_have_in_common_is_taken_once(first: Path, tmp_path: Path)
     num_some = len(engine.open_run(str(tmp_path / "some")))
     assert done.manifest["sources"][1]["num_identical"] == num_some > 0
     assert len(images_of(tmp_path / "all")) == len(engine.open_run(str(first)).samples)
-    assert f"{num_some} samples are in an earlier run too" in done.remarks[0]
+    assert f"{num_some} samples are in an earlier run too" in done.notices[0]
 
 
 def test_what_a_third_run_shares_with_a_renamed_one_is_taken_once(first: Path, second: Path, tmp_path: Path) -> None:
@@ -352,6 +357,102 @@ def test_real_images_are_mixed_in_at_the_ratio(composed: Path, tmp_path: Path) -
     assert not (tmp_path / "never").exists()
 
 
+def real_folder(folder: Path, counts: dict[str, int]) -> Path:
+    """Class folders of noise, so many images in each."""
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            noise = np.random.default_rng([sum(map(ord, name)), number]).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+            (folder / name / f"photo {number}.png").write_bytes(encode(noise, "png"))
+    return folder
+
+
+def test_real_images_are_of_the_corpus_and_balanced_by_class(first: Path, tmp_path: Path) -> None:
+    """Whatever a set has many of; each row names its file and the checksum of its pixels."""
+    real = real_folder(tmp_path / "real", {"zero": 30, "one": 3, "two": 12, "seven": 2})
+    base = {"condition": "class_index in [1, 2]", "real": str(real), "real_ratio": 0.4}
+    done = export((str(first),), ExportOptions(output=str(tmp_path / "ratio"), **base))
+    counts = done.manifest["counts"]
+    reals = {name: row["real"] for name, row in counts["classes"].items()}
+    assert reals == {"one": 3, "two": counts["real"] - 3} and counts["real"] == round(counts["generated"] / 1.5)
+    assert any("30 real images are of classes that no sample has" in remark for remark in done.remarks)
+    rows = engine.open_run(str(done.path)).filter("method == 'real'").to_table().to_pylist()
+    for row in rows:
+        with Image.open(real / row["start_key"]) as image:
+            assert Path(row["start_key"]).parts[-2] == row["class_name"]
+            assert image_key(image.convert("RGB")).hex() == row["start_sha256"]
+    assert len({row["start_key"] for row in rows}) == len(rows)
+
+    per_class = ExportOptions(output=str(tmp_path / "each"), name="each", real_per_class=3, **base)
+    done = export((str(first),), per_class)
+    assert {name: row["real"] for name, row in done.manifest["counts"]["classes"].items()} == {"one": 3, "two": 3}
+    card = (done.path / "README.md").read_text()
+    assert "Real images: 3 of each class, balanced by class, of the classes of the synthetic ones alone" in card
+    topped = ExportOptions(output=str(tmp_path / "top"), name="top", real=str(real), real_per_class=3)
+    assert export((str(done.path),), topped).manifest["counts"] == done.manifest["counts"], "three are there already"
+    everything = ExportOptions(output=str(tmp_path / "all"), name="all", real_classes="all", real_per_class=3, **base)
+    classes = export((str(first),), everything).manifest["counts"]["classes"]
+    assert {name: row["real"] for name, row in classes.items()} == {"zero": 3, "one": 3, "two": 3}
+    for number, message in ((4, "asks for 4 real images of class 'one', and .* has 3"), (13, "of 1 more classes")):
+        with pytest.raises(JobError, match=message):
+            export((str(first),), ExportOptions(output=str(tmp_path / "no"), real_per_class=number, **base))
+    with pytest.raises(JobError, match=r"has 15 that can be used \(and 30 of classes that no sample has"):
+        export((str(first),), ExportOptions(output=str(tmp_path / "no"), **base | {"real_ratio": 0.9}))
+    shutil.rmtree(real / "one")
+    none = ExportOptions(output=str(tmp_path / "no"), **base | {"condition": "class_index == 1"})
+    with pytest.raises(JobError, match=r"has no image of a class that the samples have; --real-classes all"):
+        export((str(first),), none)
+
+
+def test_what_changes_is_told_before_anything_is_written(first: Path, second: Path, tmp_path: Path, call) -> None:
+    """Keys of a run that is named alike, and a copy of a run; a link to a run is that run."""
+    out, told = tmp_path / "out", []
+
+    def notify(text: str) -> None:
+        told.append(text)
+        assert not list(tmp_path.glob("*out*"))
+
+    done = export((str(first), str(second)), ExportOptions(output=str(out)), notify=notify)
+    assert tuple(told) == done.notices and len(told) == 1
+    card = (out / "README.md").read_text()
+    assert "| begin with `r2-` |" in card and "Runs of one job name have other images under the same keys" in card
+    code, printed, _ = call("merge", first, second, "--output", tmp_path / "dry", "--dry-run")
+    text = " ".join(printed.split())
+    assert code == 0 and all(" ".join(notice.split()) in text for notice in told) and not (tmp_path / "dry").exists()
+    assert f"{done.manifest['counts']['images']} images would be in {tmp_path / 'dry'}; nothing is written" in text
+    copy, link = tmp_path / "copy", tmp_path / "link"
+    shutil.copytree(first, copy)
+    link.symlink_to(first)
+    code, _, errors = call("export", first, link, "--output", tmp_path / "never", "--dry-run")
+    assert code == 2 and f"RUN: '{link}' is given twice" in errors
+    code, printed, errors = call("export", first, copy, "--output", tmp_path / "one", "--json")
+    num_samples = len(engine.open_run(str(first)).samples)
+    manifest = json.loads(printed)
+    assert code == 0 and manifest["counts"]["images"] == num_samples and len(manifest["origins"]) == 1
+    assert (
+        f"{copy}: has the plan of {first}; {num_samples} samples are in an earlier run too, and are taken once, and"
+        " nothing else is in it"
+    ) in " ".join(errors.split())
+
+
+def test_licences_and_authors_are_checked(first: Path, tmp_path: Path, call) -> None:
+    for options, message in (
+        (("--license", "cc-by"), "--license: 'cc-by' is not a licence of SPDX; did you mean 'CC-BY-4.0'?"),
+        (("--license", "(" * 5000), "is not a licence of SPDX"),
+        (("--license", "MIT\nOR"), "is not a licence of SPDX"),
+        (("--author", " "), "--author: ' ' is not a name"),
+        (("--author", "a\x1b[31m"), "is not a name"),
+        (("--author", "a", "--author", "b" * 201), "is not a name of 1 to 200"),
+        (("--real-per-class", "3"), "--real-per-class: requires --mix-real"),
+        (("--real-classes", "all"), "--real-classes: requires --mix-real"),
+        (("--mix-real", "x", "--real-ratio", "0.5", "--real-per-class", "3"), "give one of them"),
+        (("--mix-real", "x", "--real-per-class", "0"), "--real-per-class: 0 is not between 1 and"),
+    ):
+        code, _, errors = call("merge", first, "--output", tmp_path / "never", *options)
+        assert code == 2 and message in errors and "Traceback" not in errors, options
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("shape", "marks"), [("webdataset", True), ("webdataset", False), ("imagefolder", True)])
 def test_generated_images_are_not_mixed_in_as_real(composed: Path, tmp_path: Path, shape: str, marks: bool) -> None:
     """By the mark in their files, or by the record beside them; the real ones of a mixed data set are taken."""
@@ -382,7 +483,13 @@ def test_near_duplicates_go_and_are_listed(composed: Path, tmp_path: Path) -> No
     with (tmp_path / "out" / "duplicates.csv").open(newline="") as file:
         gone = {row["dropped"]: row for row in csv.DictReader(file)}
     about = done.manifest["deduplication"]
-    assert about == {"threshold": 0.95, "clip": "zoo:digits/clip", "dropped": len(gone), "list": "duplicates.csv"}
+    cells = about.pop("cells")
+    assert about == {
+        "threshold": 0.95, "clip": "zoo:digits/clip", "dropped": len(gone), "topped_up": 0, "list": "duplicates.csv"
+    }  # fmt: skip
+    assert sum(cell["dropped"] for cell in cells) == len(gone)
+    for cell in cells:
+        assert cell["kept"] + cell["missing"] <= cell["wanted"] and cell["missing"] == cell["dropped"]
     rows = engine.open_run(str(composed)).samples.to_table(["key", "class_index"]).to_pylist()
     clip, images = Clip.load("zoo:digits/clip"), images_of(composed)
     embeds = [clip.image_embeds([decode_rgb(images[row["key"]][0])])[0] for row in rows]
@@ -505,6 +612,78 @@ def test_inspect_shows_and_saves_one_sample(first: Path, tmp_path: Path, capsys:
     assert "no image of" in capsys.readouterr().err and not (tmp_path / "two.png").exists()
     assert riskforge("inspect", first, "--save", tmp_path / "two.png") == 2
     assert riskforge("inspect", first, "--filter", "risk > 1000") == 0
+
+
+def test_inspect_lists_what_a_filter_selects(first: Path, second: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Keys from the highest risk on, with class, context, prediction and risk; no more than asked for."""
+    chosen = engine.open_run(str(first)).filter("scored and risk > 1").to_table().to_pylist()
+    chosen.sort(key=lambda row: (-row["risk"], row["key"]))
+    assert riskforge("inspect", first, "--filter", "scored and risk > 1", "--limit", "3") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith(f"3 of {len(chosen)} samples, from the highest risk on")
+    assert lines[-5].split()[:2] == ["key", "class"] and max(map(len, lines[-5:])) <= 100
+    for line, row in zip(lines[-4:-1], chosen[:3], strict=True):
+        assert line.startswith(row["key"]) and f"{row['risk']:.3g}" in line
+        assert LABELS[row["predicted_class"]] in line and (row["context"][:20] or "-") in line
+    assert riskforge("inspect", first, second, "--filter", "risk > 1", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)["listed"]
+    both = engine.open_run(str(first), str(second)).filter("risk > 1").to_table().to_pylist()
+    assert len(listed) == len(both) and {one["run"] for one in listed} == {str(first), str(second)}
+    assert [one["risk"] for one in listed] == sorted((row["risk"] for row in both), reverse=True)
+    assert riskforge("inspect", first, "--filter", "risk > 1000") == 0
+    assert capsys.readouterr().out.endswith("no sample passes the filter\n")
+
+
+def test_inspect_saves_what_it_lists(
+    first: Path, second: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By key, byte for byte; again without harm; never over another file; what has no image is named."""
+    home, stored = tmp_path / "images", images_of(first)
+    missing = engine.open_run(str(first)).filter("status == 'failed'").to_table(["key"])["key"].to_pylist()
+    assert riskforge("inspect", first, "--limit", "100", "--save", home) == 0
+    printed = capsys.readouterr()
+    assert f"{len(stored)} images written to {home}" in printed.out
+    assert f"no image of {len(missing)} samples" in printed.err
+    assert f"{missing[0]}: failed, no image is stored" in printed.err
+    assert {path.stem: path.read_bytes() for path in home.iterdir()} == {
+        key: image for key, (image, _) in stored.items()
+    }
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / f"{max(stored)}.png").write_bytes(b"mine")
+    assert riskforge("inspect", first, "--filter", "status != 'failed'", "--save", home) == 0
+    assert f"0 images written to {home}, {len(stored)} were there already" in capsys.readouterr().out
+    assert riskforge("inspect", first, "--filter", "status != 'failed'", "--save", other) == 2
+    assert "is there already, with other content" in capsys.readouterr().err
+    assert [path.read_bytes() for path in other.iterdir()] == [b"mine"]
+    assert riskforge("inspect", first, second, "--filter", "accepted", "--save", tmp_path / "both", "--json") == 0
+    saved = json.loads(capsys.readouterr().out)["saved"]
+    assert saved["written"] == len(list((tmp_path / "both").glob("*.png"))) and saved["missing"] == []
+    assert list((tmp_path / "both").glob("r2-*"))
+    for options, reason in (
+        (("--key", "x", "--limit", "2"), "--limit: lists several samples"),
+        (("--save", tmp_path / "a"), "--save: select samples with --filter"),
+        (("--filter", "accepted", "--save", first / "manifest.json"), "--save"),
+    ):
+        assert riskforge("inspect", first, *options) == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_images_of_a_damaged_tar_are_named(first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The others are written; a key that leads out of the folder is no name of a file."""
+    run = shutil.copytree(first, tmp_path / "run")
+    [tar, *_] = sorted((run / "shards").glob("*.tar"))
+    lost = [key for key, _, _, _ in read_shard(tar)]
+    tar.unlink()
+    assert riskforge("inspect", run, "--filter", "status != 'failed'", "--save", tmp_path / "some") == 2
+    err = capsys.readouterr().err
+    assert f"no image of {len(lost)} samples" in err and f"error: {tar}: is missing" in err
+    assert all(f"{key}: " in err for key in lost[:20])
+    assert len(list((tmp_path / "some").iterdir())) == len(images_of(first)) - len(lost)
+    samples = list_samples(engine.open_run(str(first)).filter("accepted"), 1)
+    planted = [dataclasses.replace(sample, key="../planted") for sample in samples]
+    saved = save_images(engine.open_run(str(first)), planted, tmp_path / "planted")
+    assert saved.num_written == 0 and saved.missing and not (tmp_path / "planted.png").exists()
 
 
 def test_looking_needs_no_torch(first: Path) -> None:

@@ -68,6 +68,7 @@ def test_datasets_reads_runs_and_merges_by_their_cards(run: Path, merged: Path, 
         loaded = datasets.load_dataset(str(folder), split="train")
         assert [(one["__key__"], one["cls"]) for one in loaded] == [(row["key"], row["class_index"]) for row in rows]
         assert loaded[0]["png"].size == (32, 32)
+        assert loaded.features["cls"] == datasets.ClassLabel(names=list(NAMES))
     table = datasets.load_dataset("parquet", data_files=str(run / "metadata.parquet"), split="train")
     assert table["key"][:] == pq.read_table(run / "metadata.parquet")["key"].to_pylist()
 
@@ -148,6 +149,60 @@ def test_parquet_exports_load_with_equal_class_names(tmp_path: Path, cache: str)
     assert loaded["class_index"][:] == loaded["label"][:]
 
 
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_the_lines_of_a_merged_card_run(run: Path, tmp_path: Path, cache: str, monkeypatch, kind: str) -> None:
+    """Every one of them, and what they read is what was taken."""
+    done = export((str(run),), ExportOptions(output=str(tmp_path / "out"), format=kind, with_surplus=True))
+    monkeypatch.chdir(done.path)
+    keys = {row["key"] for row in rows_of(run)}
+    blocks = re.findall(r"```python\n(.*?)```", (done.path / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == {"webdataset": 3, "parquet": 1}[kind]
+    for block in blocks:
+        names: dict[str, Any] = {}
+        exec(block, names)
+        if "samples" in names:
+            assert {one.get("__key__") or one["key"] for one in names["samples"]} == keys
+
+
+# Digits, cases, none of ASCII, names of YAML, markup, and two that are equal.
+ODD = ["10", "9", "b", "B", "é", "null", "- a: b # c", "crane", "crane", "a\u2028\n---\nb", ""]
+
+
+def test_odd_classes_have_their_labels_everywhere(tmp_path: Path, cache: str, monkeypatch) -> None:
+    """By the card's lines `datasets`, torchvision and timm give the index of `.cls`, also without some classes."""
+    import datasets
+    import timm.data
+    import torchvision
+
+    made = make_case(
+        tmp_path / "run", labels=ODD, requests=[{"name": "all", "method": "prompt", "classes": "all", "count": 2}],
+        change=lambda record: record | {"class_name": ODD[record["class_index"]]},
+    )  # fmt: skip
+    condition = "class_index not in [0, 4]"
+    rows = engine.open_run(str(made)).filter(condition).samples.to_table().to_pylist()
+    wanted = {row["key"]: row["class_index"] for row in rows}
+    shards = export((str(made),), ExportOptions(output=str(tmp_path / "shards"), condition=condition)).path
+    loaded = datasets.load_dataset(str(shards), split="train")
+    assert dict(zip(loaded["__key__"], loaded["cls"], strict=True)) == wanted
+    names = loaded.features["cls"].names
+    assert len(set(names)) == len(ODD) and names[:7] == ODD[:7] and names[7:9] == ["crane (7)", "crane (8)"]
+    for folders in ("index", "name"):
+        options = ExportOptions(
+            output=str(tmp_path / folders), format="imagefolder", folders=folders, condition=condition
+        )
+        out = export((str(made),), options).path
+        assert json.loads((out / "classes.json").read_text()) == {str(n): name for n, name in enumerate(ODD)}
+        monkeypatch.chdir(out)
+        found: dict[str, Any] = {}
+        for block in re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[1:]:
+            exec(block, found)
+        folder, images = found["folder"], found["images"]
+        assert isinstance(folder, torchvision.datasets.ImageFolder) and isinstance(images, timm.data.ImageDataset)
+        assert {Path(path).stem: label for path, label in folder.samples} == wanted
+        assert {Path(images.filename(n)).stem: images[n][1] for n in range(len(images))} == wanted
+        assert folder.targets == [label for _, label in folder.samples] and len(folder.classes) == len(ODD)
+
+
 @pytest.mark.parametrize("folders", ["index", "name"])
 @pytest.mark.parametrize("condition", ["", "class_index in [8, 3]"])
 def test_torchvision_gives_the_labels_of_the_shards(
@@ -166,12 +221,12 @@ def test_torchvision_gives_the_labels_of_the_shards(
     data = names["folder"]
     found = {Path(path).stem: data[number][1] for number, (path, _) in enumerate(data.samples)}
     assert found == {key: label for key, label in wanted.items() if key in found} and len(found) >= 4
-    labels = json.loads((out / "classes.json").read_text())
+    labels = json.loads((out / "folders.json").read_text())
     assert list(labels.values()) == list(range(10)) and (list(labels) == list(NAMES)) == (folders == "name")
     plain = torchvision.datasets.ImageFolder(out)
     is_plain = [label for _, label in plain.samples] == [wanted[Path(path).stem] for path, _ in plain.samples]
     assert is_plain == (folders == "index" and not condition)
-    assert any("classes.json" in remark for remark in done.remarks) == (not is_plain)
+    assert any("folders.json" in remark for remark in done.remarks) == (not is_plain)
 
 
 @pytest.mark.parametrize("which", ["run", "merged"])

@@ -32,7 +32,7 @@ def test_a_journey_goes_as_its_page_says(page: Path, tmp_path, monkeypatch, call
 
 def ran(command: Command, call) -> tuple[int, str]:
     """Exit code of a command and what it prints."""
-    words = shlex.split(command.text)
+    words = shlex.split(command.text.replace("\\\n", ""))
     if words[0] == "riskforge":
         code, out, error = call(*words[1:])
         return int(code), out + error

@@ -64,6 +64,28 @@ def test_a_job_file_is_dated_when_it_is_read(tmp_path):
     assert job.output.uri.removeprefix(f"{tmp_path}/night-") == job.requests[1].fresh and job.requests[1].fresh in days
 
 
+def test_the_date_of_a_night_can_be_given(tmp_path, call):
+    """Two nights on one day: folder and fresh seeds are of the date given; a run of another date is refused."""
+    raw = night_job(f"{tmp_path}/night-{{date}}", fresh=True).model_dump(mode="json", exclude_none=True)
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    jobs = [read_job(path, [], date=day) for day in (MONDAY, TUESDAY)]
+    assert [job.output.uri for job in jobs] == [f"{tmp_path}/night-{day}" for day in (MONDAY, TUESDAY)]
+    assert [job.requests[1].fresh for job in jobs] == [str(MONDAY), str(TUESDAY)]
+    code, out, err = call("plan", str(REPOSITORY / "jobs/nightly-stress.yaml"), "--date", "2026-11-22")
+    assert code == 0 and "output: runs/nightly-2026-11-22\n" in out, err
+    for text, reason in (("20261122", "write it as YEAR-MONTH-DAY"), ("2026-02-30", "is not on the calendar")):
+        code, _, err = call("plan", str(path), "--date", text)
+        assert code == 2 and f"--date {text!r}" in err and reason in err
+    fixed = read_job(path, [("output.uri", str(tmp_path / "fixed"))], date=MONDAY)
+    open_output(open_store(fixed.output.uri), build_plan(fixed, LABELS, DIGESTS), fixed, "auto", False)
+    later = read_job(path, [("output.uri", str(tmp_path / "fixed"))], date=TUESDAY)
+    assert later.requests[1].fresh == str(TUESDAY), "as given, whatever the run in the output began with"
+    assert read_job(path, [("output.uri", str(tmp_path / "fixed"))]).requests[1].fresh == str(MONDAY)
+    with pytest.raises(JobError, match="--date 2026-11-30: nothing in the job depends on the date"):
+        read_job(path, [("output.uri", "x"), ("requests.1.fresh", False)], date=MONDAY)
+
+
 def test_a_date_must_be_on_the_calendar():
     """As text; a bare one is YAML's own date, which knows the calendar."""
     with pytest.raises(JobError, match=r"fresh.*'2026-99-99' is not on the calendar; give a date such as 2026-11-21"):

@@ -203,6 +203,8 @@ def test_every_command_on_the_quickstart(s3_server: str, call: Any, tmp_path: Pa
     assert code == 0 and f"scores: {run}/rescored/classifier-b-" in out, err
     [scores] = open_store(run).list("rescored")
     assert call("compare", run, f"{run}/{scores}")[0] == 0
+    assert call("report", f"{run}/{scores}")[::2] == (0, "")
+    assert open_store(f"{run}/{scores}").read("report.html").count(b"<img src=") == 16
     code, out, err = call("evaluate", run, "--limit", "10")
     assert code == 0 and f"figures: {run}/evaluation.json" in out, err
     check_reading(run, f"{run}/{scores}")

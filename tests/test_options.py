@@ -63,7 +63,8 @@ def job(tmp_path: Path) -> Path:
 
 RETRAIN = {
     "real": "r", "test": "t", "plain": ("a", "b"), "risky": ("c",), "num_seeds": 3, "num_steps": 7, "mix": 0.4,
-    "labels": "soft", "batch_size": 9, "learning_rate": 0.01, "calibrate": "k", "folder": "f", "0": "run",
+    "labels": "soft", "batch_size": 9, "learning_rate": 0.01, "calibrate": "k",
+    "held_out": 0.3, "folder": "f", "0": "run",
 }  # fmt: skip
 EVALUATE = {
     "real": "r", "train": "t", "reference": "q", "clip": "c", "features": "clip", "inception": "i", "failures": "all",
@@ -71,7 +72,7 @@ EVALUATE = {
 }  # fmt: skip
 EXPORT = {
     "output": "f", "samples_per_shard": 3, "seed": 4, "name": "n", "deduplicate": 0.9, "clip": "c", "real": "d",
-    "real_ratio": 0.0, "with_rejected": True, "with_surplus": False, "allow_different_targets": True,
+    "real_ratio": 0.0, "real_classes": "all", "license": "MIT", "authors": ("e", "g"), "with_rejected": True, "with_surplus": False, "allow_different_targets": True,
 }  # fmt: skip
 MERGE = EXPORT | {"condition": "", "format": "webdataset", "0": ("a", "b")}
 RESCORE = {"0": "run", "1": "t", "transfer": ["a", "b"], "oracles": ["o"], "output": "f"}
@@ -81,7 +82,8 @@ CURATE = {
     "selection": SelectionOptions(num_candidates=5, among="class", seed=7, scale=0.5),
 }  # fmt: skip
 EXPORTED = ("a", "b", "--output", "f", "--samples-per-shard", 3, "--seed", 4, "--name", "n", "--deduplicate", 0.9)
-MIXED = ("--clip", "c", "--mix-real", "d", "--real-ratio", 0, "--with-rejected", "--allow-different-targets")
+MIXED = ("--clip", "c", "--mix-real", "d", "--real-ratio", 0, "--real-classes", "all", "--with-rejected")
+NAMED = ("--license", "MIT", "--author", "e", "--author", "g", "--allow-different-targets")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,7 @@ MIXED = ("--clip", "c", "--mix-real", "d", "--real-ratio", 0, "--with-rejected",
             "engine.studies.retrain.program.retrain",
             ("retrain", "run", "--real", "r", "--test", "t", "--plain", "a", "--plain", "b", "--risky", "c", "--seeds",
              3, "--steps", 7, "--mix", 0.4, "--labels", "soft", "--batch-size", 9, "--learning-rate", 0.01,
-             "--calibrate", "k", "--output", "f"),
+             "--calibrate", "k", "--held-out", 0.3, "--output", "f"),
             RETRAIN,
         ),
         (
@@ -100,10 +102,10 @@ MIXED = ("--clip", "c", "--mix-real", "d", "--real-ratio", 0, "--with-rejected",
              "--inception", "i", "--failures", "all", "--limit", 5, "--output", "f"),
             EVALUATE,
         ),
-        ("engine.data.reading.export.export", ("merge", *EXPORTED, *MIXED), MERGE),
+        ("engine.data.reading.export.export", ("merge", *EXPORTED, *MIXED, *NAMED), MERGE),
         (
             "engine.data.reading.export.export",
-            ("export", *EXPORTED, *MIXED, "--filter", "risk > 1", "--format", "imagefolder", "--folders", "name"),
+            ("export", *EXPORTED, *MIXED, *NAMED, "--filter", "risk > 1", "--format", "imagefolder", "--folders", "name"),
             EXPORT | {"condition": "risk > 1", "format": "imagefolder", "folders": "name"},
         ),
         (
@@ -217,15 +219,18 @@ def comparison(monkeypatch: pytest.MonkeyPatch, crossed: tuple[str, ...] = ()) -
         plain = SimpleNamespace(curation=None, people=NO_PEOPLE)
         return SimpleNamespace(new_failures=(), fixed=(), notes=(), old=plain, new=plain)
 
-    def crossed_limits(comparison: Any, limits: Any) -> list[str]:
+    def crossed_limits(comparison: Any, limits: Any) -> list[Any]:
         asked.update(increases=limits.increases, fail_on=limits.fail_on)
-        return [*crossed]
+        return [SimpleNamespace(text=text) for text in crossed]
 
     monkeypatch.setattr("engine.studies.compare.baseline.open_pair", lambda runs, baseline: (runs[0], runs[1]))
     monkeypatch.setattr("engine.studies.compare.scored_run.unfinished", lambda runs: [])
     monkeypatch.setattr("engine.studies.compare.program.compare_runs", compare_runs)
     monkeypatch.setattr("engine.studies.compare.limits.crossed_limits", crossed_limits)
-    monkeypatch.setattr("engine.studies.compare.tables.comparison_table", lambda comparison: "table")
+    monkeypatch.setattr("engine.studies.compare.tables.comparison_tables", lambda comparison: [])
+    monkeypatch.setattr("engine.studies.compare.tables.comparison_title", lambda comparison: "title")
+    monkeypatch.setattr("engine.studies.compare.tables.failure_lists", lambda comparison: [])
+    monkeypatch.setattr("engine.studies.compare.tables.comparison_document", lambda *_: {})
     return asked
 
 

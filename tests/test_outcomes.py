@@ -113,15 +113,15 @@ def test_the_tables_of_the_report(case: tuple[Path, int]) -> None:
     """Headline, by class, most frequent errors, gallery, and the five figures at the top."""
     run, num_outside = case
     table = read_table(run / "metadata.parquet")
-    rows = make_rows(table)
+    rows, totals = make_rows(table), request_totals(table)
     percent = f"{share(num_outside) * 100:.1f} %"
-    for made in (summary_table(summarise(run / "metadata.parquet"), request_totals(table)), class_table(table)):
+    for made in (summary_table(summarise(run / "metadata.parquet"), totals), class_table(table, rows, totals, NAMES)):
         assert made is not None
-        [line] = [one for one in made.lines if one.name in ("between", "joint prompt of between")]
+        [line] = [one for one in made.lines if one.name == "between"]
         cells = dict(zip([one.name for one in made.columns[1:]], [text for text, _ in line.cells], strict=True))
         assert (cells["Errors"], cells["Valid failures"], cells["Oracle"]) == (percent, percent, "100.0 %")
         assert cells["Transfer errors"] == percent
-    pairs = {(asked, read): count for asked, read, count in error_pairs(rows, NAMES) if " and " in asked}
+    pairs = {(asked, read): count for asked, read, count in error_pairs(rows, NAMES, rows.scored) if " and " in asked}
     assert pairs == ({("one and two", "zero"): num_outside} if num_outside else {})
     joint = [row for row in pq.read_table(run / "metadata.parquet").to_pylist() if is_joint(row["key"])]
     outcomes = [make_tile(row, b"", NAMES, 1000).outcomes for row in joint if row["scored"]]
@@ -129,8 +129,9 @@ def test_the_tables_of_the_report(case: tuple[Path, int]) -> None:
     write_report(open_store(str(run)), labels=LABELS)
     page = (run / "report.html").read_text()
     scored = engine.open_run(str(run)).filter("scored").to_table().to_pylist()
-    wrong = sum(target_errs(row) for row in scored)
-    assert re.search(rf"Target errors.{{0,200}}{wrong / len(scored) * 100:.1f} %", page, re.DOTALL)
+    for is_guided, kind in ((False, "prompt only"), (True, "guided")):
+        errs = [target_errs(row) for row in scored if (row["method"] != "prompt") == is_guided]
+        assert re.search(rf"Target errors.{{0,200}}{sum(errs) / len(errs) * 100:.1f} % <span>{kind}", page, re.DOTALL)
 
 
 def test_the_table_of_the_card(case: tuple[Path, int]) -> None:
@@ -175,7 +176,8 @@ def test_a_baseline_that_counted_otherwise_says_nothing_of_joint_prompts(tmp_pat
     """It has no predictions to count anew: shares of such a request are left out, by name; its medians are compared."""
     night = read_scored_run(str(make_run(tmp_path / "run", change=planted(3))))
     pin_run(night, tmp_path / "new.json")
-    assert compare_runs(read_baseline(tmp_path / "new.json"), night).notes == ()
+    notes = compare_runs(read_baseline(tmp_path / "new.json"), night).notes
+    assert all("not compared, with fewer than the 5 samples" in note for note in notes)
     document = json.loads((tmp_path / "new.json").read_text())
     assert document.pop(ERRORS_OUTSIDE) is True
     old = tmp_path / "old.json"

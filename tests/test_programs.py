@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from engine.commands.jobfile import read_job
+from engine.data.stores.opening import open_store
 from engine.errors import JobError
 from engine.models import factories, program_description
 from engine.models.classifier import Classifier
@@ -26,7 +27,10 @@ from engine.models.digests import model_digest
 from engine.models.job_checks import check_addresses
 from engine.models.labels import read_labels
 from engine.models.program_loading import open_program
+from engine.models.program_settings import parse_settings
 from engine.models.program_trial import _probability_problem
+from engine.models.trainability import training_line, untrainable
+from engine.models.training_trial import trainable_parameters, training_problem
 from engine.studies.samples import StudiedRun, check_target
 from tests.conftest import REPOSITORY
 from tests.program_cases import DIGITS, FACTORY, SETTINGS, images, job_of, riskforge, write
@@ -204,13 +208,39 @@ def test_a_model_of_the_job_that_is_no_classifier_is_never_called(importable: Pa
         check_addresses(read_job(write(raw, tmp_path), []))
 
 
-def test_fine_tuning_refuses_what_it_cannot_store(importable: Path, tmp_path: Path) -> None:
-    """Before a factory that a run's manifest names is called."""
-    raw = job_of("os:abort", tmp_path)
-    job = read_job(write(raw, tmp_path), [])
-    run = StudiedRun(store=None, job=job, plan_digest="", target_digest="", commits=())  # type: ignore[arg-type]
-    with pytest.raises(JobError, match="is a file or a factory"):
+@pytest.mark.parametrize(("name", "what"), [("net.pt", "a TorchScript file"), ("net.pt2", "a torch.export file")])
+def test_fine_tuning_refuses_files_and_says_what_to_do(name: str, what: str, home: Path, tmp_path: Path) -> None:
+    """In the plan, and by `retrain` before anything is read; a network without gradients by its reason."""
+    path = write(job_of(str(home / name), tmp_path), tmp_path)
+    job, command = read_job(path, []), f"riskforge export {tmp_path / 'run'} --format imagefolder --output"
+    store = open_store(str(tmp_path / "run"))
+    run = StudiedRun(store=store, job=job, plan_digest="", target_digest="", commits=())
+    with pytest.raises(JobError, match=f"is {what}, which cannot be fine-tuned.*{command}"):
         check_target(run)
+    line = training_line(job.models.target, job.output.uri)
+    assert line.startswith(f"retrain: not {what}; ") and command in line and untrainable("zoo:digits/classifier") == ""
+
+
+def test_only_networks_with_gradients_are_trainable() -> None:
+    """Frozen ones are trained as a whole; a state that safetensors cannot hold, or no gradient, is named."""
+
+    class Detached(nn.Linear):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                return super().forward(pixels.flatten(1))
+
+    class Stateful(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return {"steps": 3}
+
+    settings = parse_settings(SETTINGS | {"image_size": 4}, "")
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(48, 10)).requires_grad_(False)
+    assert training_problem(plain, settings) == "" and len(trainable_parameters(plain)) == 2
+    plain[1].bias.requires_grad_(True)
+    assert trainable_parameters(plain) == [plain[1].bias]
+    assert "no gradient" in training_problem(Detached(48, 10), settings)
+    assert "something else than tensors" in training_problem(nn.Sequential(nn.Flatten(), Stateful(48, 10)), settings)
+    assert "without parameters" in training_problem(nn.Flatten(), settings)
 
 
 @pytest.mark.slow

@@ -200,21 +200,25 @@ def test_the_summary_agrees_with_the_manifest(page: str, run: Store) -> None:
     summary = json.loads(run.read("manifest.json"))["summary"]
     assert len(lines) == 5, "three requests, and the two contexts of the last one"
     red = next(group for group in summary if group["context"])
-    assert table["red ink on a white background"][0:3] == [str(red[name]) for name in ("attempted", "ok", "failed")]
-    assert table["red ink on a white background"][4] == number(red["risk"]["median"])
-    assert table["everything"][0] == "40"
-    guided, plain = (float(table[name][5]) for name in ("between", "between-plain"))
+    assert table["red ink on a white background"][3:6] == [str(red[name]) for name in ("ok", "attempted", "failed")]
+    assert table["red ink on a white background"][6] == number(red["risk"]["median"])
+    assert table["everything"][4] == "40"
+    guided, plain = (float(table[name][7]) for name in ("between", "between-plain"))
     assert guided < plain
 
 
 def test_the_headline_means_what_the_table_means(page: str, run: Store) -> None:
-    """Errors and valid failures over everything, joint prompts too; the two were once counted by different rules."""
+    """Errors and valid failures of prompt-only and of guided samples, joint prompts too, by the rule of the table."""
     groups = json.loads(run.read("manifest.json"))["summary"]
-    scored = [one["attempted"] - one["failed"] for one in groups]
     for title, name in (("Target errors", "error_rate"), ("Valid failures", "valid_failure_rate")):
-        mean = sum(one[name] * num for one, num in zip(groups, scored, strict=True)) / sum(scored)
-        [shown] = re.findall(rf"{title}</[^>]*>\s*<[^>]*>([^<]*)<", page)
-        assert shown.strip() == percent(mean), title
+        figure = page.split(f"<dt>{title}</dt>", 1)[1].split("</div>", 1)[0]
+        shown = {kind: value for value, kind in re.findall(r"<dd>([^<]*) <span>([^<]*)<", figure)}
+        assert list(shown) == ["prompt only", "guided"]
+        for kind, value in shown.items():
+            some = [one for one in groups if (one["method"] == "prompt") == (kind == "prompt only")]
+            scored = [one["attempted"] - one["failed"] for one in some]
+            mean = sum(one[name] * num for one, num in zip(some, scored, strict=True)) / sum(scored)
+            assert value == percent(mean), (title, kind)
 
 
 def test_the_gallery_holds_the_stored_images_and_all_their_metadata(page: str, run: Store) -> None:
@@ -406,10 +410,15 @@ def test_partners_with_other_contexts_are_none(tmp_path: Path) -> None:
     assert partner_table(rows, data) is None and partner_table(rows, data[1:]) is None
 
 
-def test_every_class_and_joint_prompt_has_its_line(page: str, run: Store) -> None:
+def test_every_request_has_its_classes_and_prompt_only_ones_come_first(page: str) -> None:
+    """Never a rate over guided and plain samples together; a joint prompt is the only class of its request."""
     lines = page.split('aria-label="Summary by class"', 1)[1].split("</table>", 1)[0]
     names = re.findall(r'<span class="clamp" title="([^"]*)"', lines)
-    assert sorted(names) == sorted([*DIGITS, "joint prompt of between", "joint prompt of between-plain"])
+    assert names == ["between-plain", "everything", *DIGITS, "between"]
+    notes = re.findall(r'<small class="clamp">([^<]*)<', lines)
+    assert notes == ["prompt, three and eight", "prompt", "boundary, three and eight"]
+    titles = re.findall(r"<h3>([^<]*)</h3>", page.split('id="errors"', 1)[1].split("</section>", 1)[0])
+    assert titles == ["between-plain", "everything", "between"]
 
 
 def test_acceptance_adds_up(tmp_path: Path) -> None:

@@ -171,6 +171,66 @@ def test_nothing_sticks_out_and_texts_can_be_read(page: Browser, width: int, dar
     assert box[0] >= 0 and box[1] <= width
 
 
+def told_by_oracles(record: dict[str, Any]) -> dict[str, Any]:
+    """Two oracles that guided nothing, which differ on every third sample, and one that guided and errs."""
+    first, place = record["oracle_class"], record["index"]
+    said = {"zoo:o/first": first, "zoo:o/second": 8 if place % 3 == 0 else first, "zoo:o/third (guides)": 0}
+    entries = [{"model": name, "predicted_class": index, "p_label": 0.5} for name, index in said.items()]
+    return record | {"oracles": entries, "oracle_p_label_min": 0.995 if place % 2 else 0.5}
+
+
+def test_answers_and_contexts_are_on_the_tiles_and_filter_them(browser: Browser, tmp_path: Path) -> None:
+    """Of all oracles, in the order of labels, which is not that of the alphabet nor that of the job."""
+    classes = {"classes": ["eight", "three", "four"], "count": 6, "contexts": ["", "red ink"]}
+    requests = [{"name": "guided", "method": "risky"} | classes, {"name": "plain", "method": "prompt"} | classes]
+    store = make_run(tmp_path / "run", requests, change=told_by_oracles, size=32)
+    page_of(store, labels=DIGITS)
+    rows = rows_of(store)
+    browser.complaints.clear()
+    browser.look(1280)
+    browser.open(store.path("report.html").as_uri())
+    offers = "(name) => [...document.querySelector('#by-' + name).options].slice(1).map((one) => one.textContent)"
+    assert browser.evaluate(f"({offers})('class')") == ["three", "four", "eight"]
+    for name in ("target", "oracle"):
+        shown = browser.evaluate(f"({offers})('{name}')")
+        known = [text for text in shown if text != "oracles disagree"]
+        assert known == [text for text in DIGITS if text in known] and len(known) > 2
+
+    def differ(row: dict[str, Any]) -> bool:
+        return len({entry["predicted_class"] for entry in row["oracles"][:2]}) > 1
+
+    wanted = {
+        ("context", "red ink"): lambda row: row["context"] == "red ink",
+        ("context", "no context"): lambda row: not row["context"],
+        ("target", "three"): lambda row: row["predicted_class"] == 3,
+        ("oracle", "oracles disagree"): differ,
+        ("oracle", "three"): lambda row: not differ(row) and row["oracle_class"] == 3,
+        ("outcome", "doubted"): lambda row: differ(row) or row["oracle_class"] != row["class_index"],
+    }  # fmt: skip
+    for (name, value), holds in wanted.items():
+        browser.choose(f"#by-{name}", value)
+        expected = {key for key, row in rows.items() if holds(row)}
+        assert set(browser.evaluate(TILES)) == expected and 0 < len(expected) < len(rows), (name, value)
+        browser.click("#reset")
+    key = next(key for key, row in rows.items() if differ(row) and row["context"] and row["oracle_class"] == 3)
+    text = browser.evaluate(f"document.querySelector('.tile[data-key={json.dumps(key)}]').innerText")
+    for line in (
+        "red ink",
+        "oracles: 1 three, 1 eight",
+        f"target: {DIGITS[rows[key]['predicted_class']]}",
+        "strictly valid",
+    ):
+        assert line in text, line
+    assert "all 2" not in text and "zero" not in text, "what guided is no independent answer"
+    assert browser.complaints == []
+    browser.look(400)
+    ends = browser.evaluate(
+        "[...document.querySelectorAll('.scroll th')].filter((one) => one.textContent.startsWith('Errors'))"
+        ".map((one) => one.getBoundingClientRect().right)"
+    )
+    assert len(ends) == 2 and max(ends) <= 400, "the errors are seen without scrolling"
+
+
 def contrast(first: str, second: str) -> float:
     """Contrast of two colours `rgb(r, g, b)` after WCAG 2."""
     lights = sorted(_luminance(one) for one in (first, second))
@@ -207,7 +267,7 @@ def test_planted_texts_stay_texts(browser: Browser, tmp_path: Path) -> None:
     attributes = "[...document.querySelectorAll('*')].flatMap((one) => [...one.attributes])"
     assert not browser.evaluate(f"{attributes}.some((one) => one.name.startsWith('on'))")
     assert not browser.evaluate(
-        f"{attributes}.some((one) => /^\\s*javascript:/i.test(one.value) && one.name !== 'title')"
+        f"{attributes}.some((one) => /^\\s*javascript:/i.test(one.value) && !['title', 'value'].includes(one.name))"
     )
     assert browser.complaints == []
 

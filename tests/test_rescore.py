@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from engine.studies.rescore.program import rescore_run
 from engine.studies.rescore.scoring import NOT_STORED
 from tests.composed import composed_job, make_run
 from tests.image_cases import EPS, bend, bomb, file_member
+from tests.test_report import base64_of, sha256_of
 
 OTHER = "zoo:digits/classifier-b"
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -124,6 +126,30 @@ def test_the_manifest_tells_where_images_and_models_are(made, rescored):
     assert samples["ok"] + samples["rejected"] + samples["failed"] == samples["attempted"] == 210
     assert {row["request"] for row in manifest["comparison"]["requests"]} == {"baseline", "errors"}
     assert (rescored / "_SUCCESS").exists()
+
+
+def test_its_report_shows_the_images_of_the_run(call, copy, tmp_path):
+    """The image of each row with one, also where run and scores have moved; without the run it is said once."""
+    [folder] = (copy / "rescored").iterdir()
+    outside = Path(rescore_run(str(copy), OTHER, output=str(tmp_path / "scores")).folder)
+    for moved in (folder, outside):
+        assert call("report", str(moved))[::2] == (EXIT_OK, "")
+        rows = {row["key"]: row for row in rows_of(moved)}
+        page = (moved / "report.html").read_text()
+        shown = {key: base64_of(page, key) for key in re.findall(r'class="tile" data-key="([^"]*)"', page)}
+        assert {key: sha256_of(image) for key, image in shown.items()} == {key: rows[key]["sha256"] for key in shown}
+        assert sum(map(bool, shown.values())) > 20 and "zoo:digits/classifier." in page
+    home = tmp_path / "elsewhere"
+    home.mkdir()
+    shutil.move(copy, home / copy.name)
+    moved = Path(shutil.move(outside, home / "scores"))
+    assert call("report", str(moved))[::2] == (EXIT_OK, "")
+    # Runs with the same name and another plan are not taken for it.
+    shutil.rmtree(home / copy.name / "_state" / "plan")
+    code, _, err = call("report", str(moved))
+    assert code == EXIT_OK and err.count("\n") == 1 and "no images: these scores are of the images of the run" in err
+    page = (moved / "report.html").read_text()
+    assert page.count("no images: these scores") == 1 and 'class="tile"' in page and "data:image/png" not in page
 
 
 def test_it_goes_on_where_it_was_stopped(copy, monkeypatch):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
 
+import engine
 from engine.data.stores.journal import Journal
 from engine.data.stores.lease import hold
 from engine.data.stores.opening import open_store
 from engine.driver import status
 from engine.driver.executors.local import LocalExecutor
 from engine.driver.status import MAX_COMMITS, RequestStatus, read_status, status_lines
+from tests.corpus_cases import make_run
 from tests.sleepy import run_sleepy
 
 
@@ -88,3 +91,25 @@ def test_requests_are_counted(store):
     assert request == RequestStatus(
         name="all", planned=20, attempted=16, accepted=16, failed=0, wanted=None, missing=None
     )
+
+
+def test_a_finished_run_has_its_errors_and_its_pin(call, tmp_path):
+    """Accepted of wanted, errors and valid failures as the filters count them, and the pinned night."""
+    old, new = (make_run(tmp_path / name, seed=seed) for name, seed in (("old", 0), ("new", 1)))
+    assert call("report", str(new))[0] == 0
+    assert read_status(open_store(str(new))).pinned is None
+    assert call("compare", str(old), "--pin", str(tmp_path / "pin.json"))[0] == 0
+    assert call("compare", str(new), "--baseline", str(tmp_path / "pin.json"))[0] == 0
+    found = read_status(open_store(str(new)))
+    for request in found.requests:
+        rows = engine.open_run(str(new)).filter(f"request == '{request.name}' and scored")
+        counted = [len(rows)] + [len(rows.filter(name)) for name in ("target_errs", "valid_failure")]
+        outcome = request.outcome
+        assert outcome and [outcome.num_scored, outcome.num_errors, outcome.num_valid_failures] == counted
+        assert f"  target errs on {counted[1]} of {counted[0]} (" in call("status", str(new))[1]
+    fields = json.loads(call("status", str(new), "--json")[1])
+    assert fields["pinned"]["baseline"] == str(tmp_path / "pin.json") and fields["requests"][0]["outcome"]
+    lines = call("status", str(new))[1].splitlines()
+    assert any(line.startswith(f"against the baseline {tmp_path}/pin.json (") for line in lines)
+    (new / "comparison.json").write_text("{")
+    assert "baseline: " in call("status", str(new))[1]

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import engine
-from engine.data.images import LabelledImage, Unusable, digits, open_images
+from engine.data.images import LabelledImage, Unusable, decode_rgb, digits, open_images
 from engine.data.reading.export import export
 from engine.data.reading.export_options import ExportOptions
 from engine.data.run.repair import repair
@@ -128,6 +128,51 @@ def test_every_other_reader_gives_what_was_wanted(run: Path, tmp_path: Path) -> 
     assert set(corpus.to_torch().keys) == wanted_keys(run)
     out = export((str(run),), ExportOptions(output=str(tmp_path / "out"))).path
     assert json.loads((out / "shards" / "_info.json").read_text())["splits"]["train"]["num_samples"] == WANTED
+
+
+def test_surplus_takes_the_place_of_near_duplicates(run: Path, tmp_path: Path) -> None:
+    """In the order of indices, where it resembles nothing that is kept, by plain loops; what is missing is told."""
+    from engine.models.clip import Clip
+
+    threshold = 0.93
+    outs = [
+        export((str(run),), ExportOptions(output=str(tmp_path / name), deduplicate=threshold, seed=seed))
+        for seed, name in enumerate("ab")
+    ]
+    rows = engine.open_run(str(run)).with_images(surplus=True).to_table(["key", "class_name", "surplus"]).to_pylist()
+    stored = {key: image for tar in (run / "shards").glob("*.tar") for key, image, *_ in read_shard(tar)}
+    clip = Clip.load("zoo:digits/clip")
+    units = {row["key"]: clip.image_embeds([decode_rgb(stored[row["key"]])])[0] for row in rows}
+    units = {key: unit / unit.norm() for key, unit in units.items()}
+    kept: dict[str, list[str]] = {"three": [], "five": [], "eight": []}
+    dropped, filled = Counter[str](), Counter[str]()
+    for row in [*(row for row in rows if not row["surplus"]), *(row for row in rows if row["surplus"])]:
+        name, key = row["class_name"], row["key"]
+        if row["surplus"] and filled[name] == dropped[name]:
+            continue
+        if any(float(units[key] @ units[other]) >= threshold for other in kept[name]):
+            dropped[name] += not row["surplus"]
+            continue
+        filled[name] += row["surplus"]
+        kept[name].append(key)
+    assert 0 < filled.total() < dropped.total()
+    for out in outs:
+        assert set(pq.read_table(out.path / "metadata.parquet")["key"].to_pylist()) == set().union(*kept.values())
+        about = out.manifest["deduplication"]
+        assert (about["dropped"], about["topped_up"]) == (dropped.total(), filled.total())
+        cells = {cell["class"]: cell for cell in about["cells"]}
+        assert cells.keys() == dropped.keys() - {name for name, count in dropped.items() if not count}
+        for name, cell in cells.items():
+            numbers = [cell[key] for key in ("wanted", "kept", "dropped", "topped_up", "missing")]
+            assert numbers == [8, len(kept[name]), dropped[name], filled[name], 8 - len(kept[name])]
+        short = [name for name, cell in cells.items() if cell["missing"]]
+        for name in short:
+            line = f"class {name}: {len(kept[name])} of 8 left ({dropped[name]} dropped, {filled[name]} replaced)"
+            assert any(line in remark for remark in out.remarks)
+            row = f"| `{name}` | {len(kept[name])} | 8 | {dropped[name]} | {filled[name]} |"
+            assert row in (out.path / "README.md").read_text()
+        assert short
+    assert outs[0].manifest["counts"] == outs[1].manifest["counts"]
 
 
 @pytest.mark.parametrize("change", ["missing", "shorter", "other"])

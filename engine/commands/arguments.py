@@ -39,6 +39,13 @@ ExecutorOption = Annotated[
     ExecutorName,
     typer.Option(help=f"Run workers as {', or as '.join(record.workers for record in EXECUTORS.values())}."),
 ]
+DateOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATE",
+        help="Date for {date} in the output and for `fresh: true`, such as 2026-11-21. Default: today.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -49,21 +56,24 @@ def load_job(
     output: str | None = None,
     workers: int | None = None,
     continues: bool = True,
+    date: str | None = None,
 ) -> JobSpec:
     """Load a job file and apply the overrides of the command line.
 
     Args:
         continues: as in `engine.commands.jobfile.read_job`.
+        date: of the night, as the option has it; today where not given.
 
     Raises:
         JobError: the file cannot be read, or is not valid.
     """
-    from engine.commands.jobfile import parse_override, read_job
+    from engine.commands.jobfile import parse_date, parse_override, read_job
 
+    night = parse_date(date)
     overrides = [parse_override(text) for text in sets or ()]
     overrides += [("output.uri", output)] if output is not None else []
     overrides += [("runtime.workers", workers)] if workers is not None else []
-    return read_job(path, overrides, continues=continues)
+    return read_job(path, overrides, continues=continues, date=night)
 
 
 def make_executor(kind: str, job: JobSpec, address: str | None) -> Executor:

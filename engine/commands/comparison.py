@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from engine.commands.arguments import JsonOption, RunArgument
-from engine.commands.output import complain, make_console, make_display, print_json, print_some
+from engine.commands.output import MAX_LISTED, complain, make_console, make_display, print_json
 from engine.commands.stopping import stop_on_signals
-from engine.errors import EXIT_DAMAGED, EXIT_INCOMPLETE, JobError
+from engine.errors import EXIT_DAMAGED, EXIT_INCOMPLETE, JobError, RiskforgeError
 from engine.terminal import show as print
 
 if TYPE_CHECKING:
-    from engine.studies.compare.limits import Limits
+    from engine.studies.compare.limits import Crossing
     from engine.studies.compare.program import RunComparison
     from engine.studies.rescore.program import Rescored
 
@@ -69,7 +71,17 @@ def rescore(
             advance=display.advance,
             notice=display.notice,
         )
-    _print_rescored(rescored, as_json)
+    if as_json:
+        from engine.studies.rescore.program import rescored_document
+
+        print_json(rescored_document(rescored))
+    else:
+        print_rescored(rescored)
+    if rescored.num_failed:
+        total = rescored.num_images + rescored.num_failed
+        complain(f"error: {rescored.num_failed} of {total} images have no new score: {rescored.failure}")
+    if not rescored.is_complete:
+        complain("the run is not complete; the same command scores samples that are added later")
     raise typer.Exit(0 if rescored.is_complete and not rescored.num_failed else EXIT_INCOMPLETE)
 
 
@@ -118,6 +130,16 @@ ByOption = Annotated[
     ),
 ]
 MarkdownOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the comparison as Markdown.")]
+HtmlOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Also write a page: new and fixed failures with the images of both nights, and all figures.",
+    ),
+]
+ExamplesOption = Annotated[
+    int, typer.Option(metavar="N", min=1, help="New failures, and fixed ones, that the page of --html shows.")
+]
 
 
 def compare(
@@ -130,6 +152,8 @@ def compare(
     fail_on: FailOnOption = "never",
     confidence: ConfidenceOption = 0.95,
     by: ByOption = None,
+    html: HtmlOption = None,
+    examples: ExamplesOption = 50,
     markdown: MarkdownOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -138,8 +162,7 @@ def compare(
     from engine.studies.compare.limits import Limits, check_limits, crossed_limits
     from engine.studies.compare.program import LEVELS, compare_runs
     from engine.studies.compare.scored_run import read_scored_run, unfinished
-    from engine.studies.compare.tables import PAGE_BEGINNING
-    from engine.studies.output_folders import check_replaces
+    from engine.studies.compare.tables import comparison_document
 
     increases = {
         "error_rate": max_error_increase, "valid_failures": max_valid_failure_increase, "risk": max_risk_increase,
@@ -148,8 +171,7 @@ def compare(
         increases={key: increase for key, increase in increases.items() if increase is not None}, fail_on=fail_on
     )
     check_limits(limits, confidence, by or ())
-    if markdown is not None:
-        check_replaces("--markdown", markdown, PAGE_BEGINNING)
+    _check_pages(markdown, html)
     if pin is not None:
         if len(runs) != 1 or baseline is not None:
             raise JobError("--pin: takes one run and compares nothing; leave the other one out")
@@ -163,26 +185,73 @@ def compare(
         for run in unfinished(runs):
             display.notice(f"{run}: is not complete; its figures cover what existed when it was last closed")
         comparison = compare_runs(old, new, confidence=confidence, levels=levels, advance=display.advance)
-    crossed = crossed_limits(comparison, limits)
-    _print_comparison(comparison, limits, crossed, markdown, as_json)
+        crossed = crossed_limits(comparison, limits)
+        document = comparison_document(comparison, limits, crossed, str(baseline or ""))
+        if markdown is not None:
+            _write_markdown(comparison, crossed, markdown)
+        if html is not None:
+            display.advance("writing the page")
+            _write_page(document, html, examples)
+        if baseline is not None:
+            _keep(runs[0], document, display.notice)
+    if as_json:
+        print_json(document)
+    else:
+        _print_comparison(comparison)
+        if html is not None:
+            print(f"page: {html}")
+    for crossing in crossed:
+        _print_wrapped(f"limit exceeded: {crossing.text}", complain)
     raise typer.Exit(EXIT_DAMAGED if crossed else 0)
 
 
-def _print_rescored(rescored: Rescored, as_json: bool) -> None:
-    """Print the scores before and after, and the folder of the new ones."""
-    from engine.studies.compare.tables import comparison_table, summary_document
+def _check_pages(markdown: Path | None, html: Path | None) -> None:
+    """Check before the work that pages replace only what their options wrote."""
+    from engine.report.nights import PAGE_BEGINNING as HTML_BEGINNING
+    from engine.studies.compare.tables import PAGE_BEGINNING
+    from engine.studies.output_folders import check_replaces
 
-    if as_json:
-        comparison = None if rescored.comparison is None else summary_document(rescored.comparison)
-        names = (
-            "target", "temperature", "num_scored", "num_images", "num_rows", "num_accepted", "num_failed", "failure",
-            "is_complete", "reason",
-        )  # fmt: skip
-        fields = {name: getattr(rescored, name) for name in names}
-        print_json({"folder": str(rescored.folder), **fields, "comparison": comparison})
-        return
+    if markdown is not None:
+        check_replaces("--markdown", markdown, PAGE_BEGINNING)
+    if html is not None:
+        check_replaces("--html", html, HTML_BEGINNING)
+
+
+def _write_markdown(comparison: RunComparison, crossed: list[Crossing], path: Path) -> None:
+    from engine.studies.compare.tables import comparison_markdown
+
+    _write(path, comparison_markdown(comparison, crossed).encode())
+
+
+def _write_page(document: dict[str, Any], path: Path, examples: int) -> None:
+    from engine.data.run.comparison import Comparison
+    from engine.report.render import comparison_page
+
+    _write(path, comparison_page(Comparison.model_validate(document), examples))
+
+
+def _write(path: Path, data: bytes) -> None:
+    from engine.data.stores.file_errors import explained
+
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def _keep(run: str, document: dict[str, Any], notice: Callable[[str], None]) -> None:
+    """Keep the comparison with the baseline in the run, and write its report again; a run may be read-only."""
+    from engine.studies.compare.pinned import keep_in_run
+
+    try:
+        keep_in_run(run, document)
+    except RiskforgeError as error:
+        notice(f"{run}: the comparison is not kept in the run, so its report does not have it ({error})")
+
+
+def print_rescored(rescored: Rescored) -> None:
+    """Print the scores before and after, and the folder of the new ones."""
     if rescored.comparison is not None:
-        make_console().print(comparison_table(rescored.comparison))
+        _print_tables(rescored.comparison)
     else:
         print(f"not compared: {rescored.reason}")
     print(
@@ -192,42 +261,42 @@ def _print_rescored(rescored: Rescored, as_json: bool) -> None:
     if rescored.temperature:
         print(f"temperature: {rescored.temperature}")
     print(f"scores: {rescored.folder}")
-    if rescored.num_failed:
-        total = rescored.num_images + rescored.num_failed
-        complain(f"error: {rescored.num_failed} of {total} images have no new score: {rescored.failure}")
-    if not rescored.is_complete:
-        complain("the run is not complete; the same command scores samples that are added later")
 
 
-def _print_comparison(
-    comparison: RunComparison, limits: Limits, crossed: list[str], markdown: Path | None, as_json: bool
-) -> None:
-    """Print a comparison of two runs, and write it in every format that was requested."""
-    from engine.data.stores.file_errors import explained
-    from engine.studies.compare.tables import (
-        comparison_document,
-        comparison_markdown,
-        comparison_table,
-        curation_lines,
-        human_lines,
-    )
+def _print_comparison(comparison: RunComparison) -> None:
+    """Print the tables, then what is new, fixed and left out."""
+    from engine.studies.compare.tables import curation_lines, failure_lists, human_lines
 
-    if markdown is not None:
-        with explained(markdown):
-            markdown.parent.mkdir(parents=True, exist_ok=True)
-            markdown.write_text(comparison_markdown(comparison, crossed), encoding="utf-8")
-    if as_json:
-        print_json(comparison_document(comparison, limits, crossed))
-    else:
-        make_console().print(comparison_table(comparison))
-        for title, changes in (("new failures", comparison.new_failures), ("fixed", comparison.fixed)):
-            if changes:
-                print(f"{title}: {len(changes)}")
-                print_some([change.key for change in changes], "--json")
-        for line in curation_lines(comparison):
-            print(line)
-        for line in human_lines(comparison):
-            print(f"people: {line}")
-        print_some(list(comparison.notes), "--json")
-    for line in crossed:
-        complain(f"limit exceeded: {line}")
+    _print_tables(comparison)
+    for title, changes in failure_lists(comparison):
+        if changes:
+            print(f"{title.lower()}: {len(changes)}, the largest risk first")
+            for key, *words in changes[:MAX_LISTED]:
+                _print_wrapped(f"  {key}  {'; '.join(word for word in words if word)}")
+            if len(changes) > MAX_LISTED:
+                print(f"  and {len(changes) - MAX_LISTED} more in --json; --html FILE shows their images")
+    for line in (*curation_lines(comparison), *(f"people: {line}" for line in human_lines(comparison))):
+        _print_wrapped(line)
+    if comparison.notes:
+        print("notes:")
+    for note in comparison.notes[:MAX_LISTED]:
+        _print_wrapped(f"  {note}")
+    if len(comparison.notes) > MAX_LISTED:
+        print(f"  and {len(comparison.notes) - MAX_LISTED} more in --json")
+
+
+def _print_tables(comparison: RunComparison) -> None:
+    from engine.studies.compare.tables import TERMINAL_WIDTH, comparison_tables, comparison_title
+
+    _print_wrapped(comparison_title(comparison))
+    console = make_console()
+    for table in comparison_tables(comparison):
+        console.print(table, width=min(console.width, TERMINAL_WIDTH))
+
+
+def _print_wrapped(line: str, show: Callable[[str], None] = print) -> None:
+    """Print a line in as many as `TERMINAL_WIDTH` takes."""
+    from engine.studies.compare.tables import TERMINAL_WIDTH
+
+    for part in textwrap.wrap(line, TERMINAL_WIDTH, subsequent_indent="    ", break_on_hyphens=False):
+        show(part)

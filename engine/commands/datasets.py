@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,18 +11,21 @@ import typer
 
 import engine
 from engine.commands.arguments import JsonOption
-from engine.commands.output import MAX_LISTED, make_console, make_display, print_json
+from engine.commands.output import MAX_LISTED, complain, make_console, make_display, print_json
+from engine.commands.sample_list import print_samples
 from engine.commands.stopping import NOTHING_STORED, stop_on_signals
 from engine.data.reading.format_registry import DEFAULT_FORMAT, FORMATS
-from engine.errors import JobError
+from engine.errors import EXIT_DAMAGED, CorruptShardError, JobError
 from engine.terminal import ELLIPSIS, printable
 from engine.terminal import show as print
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from engine.data.reading.corpus import Corpus
     from engine.data.reading.export_options import ExportOptions
     from engine.data.reading.inspection import Inspection
+    from engine.data.reading.listing import SavedImages
 
     # A type checker takes no literals that are computed.
     FormatName = str
@@ -30,6 +34,7 @@ else:
 
 # Of a value of a record, on a terminal.
 MAX_VALUE_CHARS = 1000
+MAX_COLUMNS = 100
 
 RunsArgument = Annotated[
     list[str],
@@ -65,7 +70,33 @@ MixOption = Annotated[
     ),
 ]
 RatioOption = Annotated[
-    float | None, typer.Option(metavar="X", help="Share of real images, with --mix-real. Default: 0.5.")
+    float | None,
+    typer.Option(metavar="X", help="Share of real images, balanced by class, with --mix-real. Default: 0.5."),
+]
+PerClassOption = Annotated[
+    int | None,
+    typer.Option("--real-per-class", metavar="N", help="Real images of each class, in place of --real-ratio."),
+]
+RealClassesOption = Annotated[
+    Literal["corpus", "all"] | None,
+    typer.Option(
+        "--real-classes",
+        help="Classes of real images: those of the runs' samples (corpus, the default), or all of the target.",
+    ),
+]
+LicenceOption = Annotated[
+    str | None,
+    typer.Option("--license", metavar="SPDX", help="Licence of the data set for its card, e.g. CC-BY-4.0."),
+]
+AuthorOption = Annotated[
+    list[str] | None,
+    typer.Option("--author", metavar="NAME", help="Author of the data set, for its card; repeatable."),
+]
+DryOption = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Show what would be taken and which keys would change; look for no duplicates, write nothing."
+    ),
 ]
 RejectedOption = Annotated[bool, typer.Option("--with-rejected", help="Include stored images of rejected samples.")]
 SurplusOption = Annotated[bool, typer.Option("--with-surplus", help="Include accepted samples beyond their quota.")]
@@ -78,8 +109,21 @@ def inspect(
     runs: RunsArgument,
     filter_: FilterOption = None,
     key: Annotated[str | None, typer.Option(metavar="KEY", help="Show one sample with its whole record.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help=f"List, or with --save write, at most N samples. Default: list {MAX_LISTED}, write all.",
+        ),
+    ] = None,
     save: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the image of the sample; requires --key.")
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Write images: with --key that of the sample to this file, with --filter or --limit those of the"
+            " listed samples into this folder.",
+        ),
     ] = None,
     image: Annotated[
         Literal["sample", "start", "twin"],
@@ -87,22 +131,39 @@ def inspect(
     ] = "sample",
     as_json: JsonOption = False,
 ) -> None:
-    """Show the contents of runs, finished or not."""
-    from engine.data.reading import inspection
-
-    if save is not None and key is None:
-        raise JobError("--save: writes the image of one sample; select it with --key")
+    """Show the contents of runs, finished or not; with --filter list the samples, from the highest risk on."""
+    is_list = filter_ is not None or limit is not None
+    if save is not None and key is None and not is_list:
+        raise JobError("--save: select samples with --filter, or one with --key")
+    if key is not None and limit is not None:
+        raise JobError("--limit: lists several samples, and --key shows one; use one of them")
     if image != "sample" and save is None:
-        raise JobError(f"--image {image}: says what --save writes; give --save FILE")
+        raise JobError(f"--image {image}: says what --save writes; give --save PATH")
     corpus = engine.open_run(*runs)
     corpus = corpus if filter_ is None else corpus.filter(filter_, "--filter")
-    if key is None:
-        inspected = inspection.inspect(corpus)
-        if as_json:
-            print_json(inspected.document)
-        else:
-            _print_inspection(inspected)
-        return
+    if key is not None:
+        _show_sample(corpus, key, save, image, as_json)
+    elif is_list:
+        _list_samples(corpus, limit, save, image, as_json)
+    else:
+        _show_contents(corpus, as_json, {})
+
+
+def _show_contents(corpus: Corpus, as_json: bool, further: dict[str, Any]) -> None:
+    """Print what is in runs; `further` are keys of the document."""
+    from engine.data.reading import inspection
+
+    inspected = inspection.inspect(corpus)
+    if as_json:
+        print_json(inspected.document | further)
+    else:
+        _print_inspection(inspected)
+
+
+def _show_sample(corpus: Corpus, key: str, save: Path | None, image: str, as_json: bool) -> None:
+    """Print the record of a sample, and write its image."""
+    from engine.data.reading import inspection
+
     source, row = inspection.find_sample(corpus, key)
     if save is not None:
         is_own = image == "sample"
@@ -115,6 +176,51 @@ def inspect(
         print(f"{name:<20} {_value_text(value)}")
     if save is not None:
         print(f"image written to {save}")
+
+
+def _list_samples(corpus: Corpus, limit: int | None, save: Path | None, image: str, as_json: bool) -> None:
+    """Print what is in the selected rows, and list them; write their images."""
+    from engine.data.reading import listing
+
+    samples = listing.list_samples(corpus, limit)
+    saved = None if save is None else listing.save_images(corpus, samples, save, image)
+    further: dict[str, Any] = {}
+    if as_json:
+        uris = [source.uri for source in corpus.runs]
+        further["listed"] = [sample.to_document(uris[sample.run]) for sample in samples]
+        further |= {} if saved is None else {"saved": _saved_document(saved, save)}
+    damage = None
+    try:
+        _show_contents(corpus, as_json, further)
+    except CorruptShardError as error:
+        # The list and what was written are reported all the same.
+        damage = error
+    if not as_json:
+        print_samples(corpus, samples, limit)
+    if saved is not None:
+        _report_saved(saved, save, as_json)
+    if damage is not None:
+        raise damage
+    if saved is not None and saved.is_damaged:
+        raise typer.Exit(EXIT_DAMAGED)
+
+
+def _saved_document(saved: SavedImages, folder: Path | None) -> dict[str, Any]:
+    missing = [{"key": key, "reason": reason} for key, reason in saved.missing]
+    return {"folder": str(folder), "written": saved.num_written, "there": saved.num_equal, "missing": missing}
+
+
+def _report_saved(saved: SavedImages, folder: Path | None, as_json: bool) -> None:
+    """Print how many images were written, and on stderr the samples that have none."""
+    if not as_json:
+        there = f", {saved.num_equal} were there already" if saved.num_equal else ""
+        print(f"{saved.num_written} images written to {folder}{there}")
+    if saved.missing:
+        complain(f"no image of {len(saved.missing)} samples:")
+        for key, reason in saved.missing[:MAX_LISTED]:
+            complain(f"  {key}: {reason}")
+        if len(saved.missing) > MAX_LISTED:
+            complain(f"  and {len(saved.missing) - MAX_LISTED} more")
 
 
 def _value_text(value: object) -> str:
@@ -135,16 +241,22 @@ def merge(
     clip: ClipOption = None,
     mix_real: MixOption = None,
     real_ratio: RatioOption = None,
+    real_per_class: PerClassOption = None,
+    real_classes: RealClassesOption = None,
+    license_: LicenceOption = None,
+    author: AuthorOption = None,
     with_rejected: RejectedOption = False,
     with_surplus: SurplusOption = False,
     allow_different_targets: TargetsOption = False,
+    dry_run: DryOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Merge the accepted samples of runs into one data set: `export` to WebDataset without a filter."""
     export(
         runs, output, samples_per_shard=samples_per_shard, seed=seed, name=name, deduplicate=deduplicate, clip=clip,
-        mix_real=mix_real, real_ratio=real_ratio, with_rejected=with_rejected, with_surplus=with_surplus,
-        allow_different_targets=allow_different_targets, as_json=as_json,
+        mix_real=mix_real, real_ratio=real_ratio, real_per_class=real_per_class, real_classes=real_classes,
+        license_=license_, author=author, with_rejected=with_rejected, with_surplus=with_surplus,
+        allow_different_targets=allow_different_targets, dry_run=dry_run, as_json=as_json,
     )  # fmt: skip
 
 
@@ -157,7 +269,7 @@ def export(
         Literal["index", "name"],
         typer.Option(
             help="Names of class folders in imagefolder: the class index (0003), in torchvision's class order, or"
-            " the class name; classes.json has the label of each."
+            " the class name; folders.json has the label of each."
         ),
     ] = "index",
     samples_per_shard: ReshardOption = 1000,
@@ -167,14 +279,23 @@ def export(
     clip: ClipOption = None,
     mix_real: MixOption = None,
     real_ratio: RatioOption = None,
+    real_per_class: PerClassOption = None,
+    real_classes: RealClassesOption = None,
+    license_: LicenceOption = None,
+    author: AuthorOption = None,
     with_rejected: RejectedOption = False,
     with_surplus: SurplusOption = False,
     allow_different_targets: TargetsOption = False,
+    dry_run: DryOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Export the samples of runs that pass a filter as a new data set."""
-    from engine.data.reading.export_options import ExportOptions
+    from engine.data.reading.export_options import DEFAULT_REAL_RATIO, REAL_CLASSES, ExportOptions
 
+    if mix_real is None:
+        _refuse_real({"--real-ratio": real_ratio, "--real-per-class": real_per_class, "--real-classes": real_classes})
+    if real_ratio is not None and real_per_class is not None:
+        raise JobError("--real-per-class: says how many, as --real-ratio does; give one of them")
     options = ExportOptions(
         output=output,
         format=format_,
@@ -188,33 +309,61 @@ def export(
         deduplicate=deduplicate,
         clip=clip,
         real=mix_real,
-        real_ratio=_real_ratio(real_ratio, mix_real),
+        real_ratio=DEFAULT_REAL_RATIO if real_ratio is None else real_ratio,
+        real_per_class=real_per_class,
+        real_classes=real_classes or REAL_CLASSES[0],
+        license=license_ or "",
+        authors=tuple(author or ()),
         allow_different_targets=allow_different_targets,
     )
-    _export(runs, options, as_json)
+    if dry_run:
+        _preview(runs, options, as_json)
+    else:
+        _export(runs, options, as_json)
 
 
-def _real_ratio(given: float | None, mix_real: str | None) -> float:
-    from engine.data.reading.export_options import DEFAULT_REAL_RATIO
+def _refuse_real(given: dict[str, Any]) -> None:
+    """Refuse options of real images where there are none."""
+    if names := [name for name, value in given.items() if value is not None]:
+        raise JobError([f"{name}: requires --mix-real; give both, or omit it" for name in names])
 
-    if given is not None and mix_real is None:
-        raise JobError("--real-ratio: requires --mix-real; give both, or omit it")
-    return DEFAULT_REAL_RATIO if given is None else given
+
+def _preview(runs: list[str], options: ExportOptions, as_json: bool) -> None:
+    from engine.data.reading.export import preview
+
+    document = preview(tuple(runs), options)
+    if as_json:
+        print_json(document)
+        return
+    for run in document["runs"]:
+        print(f"{run['uri']}: {run['num_taken']} samples")
+    for notice in document["notices"]:
+        print(_wrapped(notice))
+    real = ", and real ones" if options.real is not None else ""
+    more = " before near duplicates are left out" if options.deduplicate is not None else ""
+    print(f"{document['images']} images{more}{real} would be in {document['output']}; nothing is written")
 
 
 def _export(runs: list[str], options: ExportOptions, as_json: bool) -> None:
     from engine.data.reading.export import export as export_runs
 
+    # Before work begins, whatever becomes of it.
+    say = complain if as_json else print
     with stop_on_signals(NOTHING_STORED), contextlib.closing(make_display()) as display:
-        exported = export_runs(tuple(runs), options, display.advance)
+        exported = export_runs(tuple(runs), options, display.advance, lambda notice: say(_wrapped(notice)))
     if as_json:
         print_json(exported.manifest)
         return
     for line in exported.remarks:
-        print(line)
+        print(_wrapped(line))
     counts = exported.manifest["counts"]
     real = f", {counts['real']} of them real" if counts["real"] else ""
     print(f"{counts['images']} images{real} in {exported.path}")
+
+
+def _wrapped(text: str) -> str:
+    """A line for a terminal, continued below where it is long."""
+    return textwrap.fill(text, MAX_COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _print_inspection(inspection: Inspection) -> None:

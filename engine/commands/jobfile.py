@@ -17,7 +17,9 @@ from engine.errors import JobError, first_line
 from engine.job.parsing import MAX_KEYS, apply_overrides, list_limit, parse_job
 from engine.job.spec import JobSpec
 from engine.models.custom_methods import custom_methods
-from engine.models.factories import add_import_folders, factories
+from engine.models.factories import add_import_folders
+from engine.models.factory_cache import kept_import_folders
+from engine.models.factory_folders import runs_code
 from engine.terminal import redacted
 
 MAX_JOB_BYTES = 16 * 2**20
@@ -28,21 +30,32 @@ MAX_SHOWN = 100
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 
-def read_job(path: Path, overrides: list[tuple[str, Any]], *, continues: bool = True) -> JobSpec:
-    """Read and validate a job file. Today's date is filled in if the job requests it (`dated`).
+def read_job(
+    path: Path, overrides: list[tuple[str, Any]], *, continues: bool = True, date: datetime.date | None = None
+) -> JobSpec:
+    """Read and validate a job file. The date is filled in if the job requests it (`dated`).
 
     Args:
         overrides: dotted paths and the values to set there.
         continues: whether a run in the output is continued, with the dates that it started with.
+        date: of the night; today, in local time, where not given.
 
     Raises:
-        JobError: the file cannot be read, is not YAML (with line and column), or is no valid job.
+        JobError: the file cannot be read, is not YAML (with line and column), is no valid job, or has no use for a
+            date that is given.
 
     Side effects: if a model or a method is a factory, adds the working folder and the folder of the file to
         `sys.path`.
     """
     raw = read_raw(path, overrides)
-    job = dated(parse_job(raw), datetime.date.today(), continues=continues)
+    job = parse_job(raw)
+    if date is not None and not _is_dated(job):
+        raise JobError(
+            f"--date {date}: nothing in the job depends on the date: no {{date}} in output.uri, and no request with"
+            " fresh: true; omit it, or add one of them"
+        )
+    # A date that was given is that of all: a run of another one in the output is then refused.
+    job = dated(job, date or datetime.date.today(), continues=continues and date is None)
     let_import(job, Path.cwd(), path.parent)
     return job
 
@@ -101,11 +114,31 @@ def _credential_problems(value: Any, where: str) -> list[str]:
     ]
 
 
+def parse_date(text: str | None, option: str = "--date") -> datetime.date | None:
+    """The date of an option; None where it is not given.
+
+    Raises:
+        JobError: it is not written as 2026-11-21, or not on the calendar.
+    """
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
+        raise JobError(f"{option} {_shortened(text)}: write it as YEAR-MONTH-DAY, such as 2026-11-21")
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError:
+        raise JobError(f"{option} {text!r}: is not on the calendar; give a date such as 2026-11-21") from None
+
+
+def _is_dated(job: JobSpec) -> bool:
+    return "date" in _PLACEHOLDER.findall(job.output.uri) or any(request.fresh is True for request in job.requests)
+
+
 def dated(job: JobSpec, today: datetime.date, *, continues: bool = True) -> JobSpec:
     """A job with `{date}` and `{job}` in its `output.uri` filled in, and with a date in place of `fresh: true`.
 
     Args:
-        today: in local time.
+        today: the date of the night.
         continues: whether a run in the output keeps its dates, so that it continues unchanged after midnight.
 
     Raises:
@@ -143,12 +176,25 @@ def let_import(job: JobSpec, *folders: Path) -> None:
     import_factories([*models.targets, *models.transfer, *models.all_oracles, *custom_methods(job)], *folders)
 
 
+def let_import_of_run(run: str, job: JobSpec) -> None:
+    """Make the factories of a run's job importable: from the working folder, and from where the run had them.
+
+    Side effects: as `let_import`.
+    """
+    let_import(job, Path.cwd(), *folders_of_run(run))
+
+
+def folders_of_run(run: str) -> list[Path]:
+    """Where the factories of a run were imported from on this machine; empty where that is not known."""
+    return kept_import_folders(open_store(run).uri)
+
+
 def import_factories(addresses: Iterable[str | None], *folders: Path) -> None:
     """Make the factories among these addresses importable from these folders.
 
     Side effects: adds the folders to `sys.path` if there is a factory.
     """
-    if any(factories(addresses)):
+    if any(runs_code(address) for address in addresses if address):
         add_import_folders(str(folder.resolve()) for folder in folders)
 
 

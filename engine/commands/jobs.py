@@ -12,6 +12,7 @@ import typer
 
 from engine.commands.arguments import (
     AddressOption,
+    DateOption,
     JobArgument,
     JsonOption,
     SetOption,
@@ -55,6 +56,7 @@ def plan(
     price_per_hour: Annotated[
         float | None, typer.Option(metavar="X", min=0, help="Price of one device-hour; requires --calibrate.")
     ] = None,
+    date: DateOption = None,
     set_: SetOption = None,
 ) -> None:
     """Show the shards, samples and cost of a job without running it."""
@@ -62,7 +64,7 @@ def plan(
         raise JobError("--calibrate: makes samples, and --validate only checks; use one of them")
     if price_per_hour is not None and not calibrate:
         raise JobError("--price-per-hour: requires measured hours; add --calibrate")
-    spec = load_job(job, set_)
+    spec = load_job(job, set_, date=date)
     if validate:
         _validate(job, spec, as_json)
         return
@@ -78,9 +80,8 @@ def plan(
         raise typer.Exit(EXIT_DRAINED) from None
     target = _described_target(spec)
     if as_json:
-        fields = (
-            _cost_fields(spec, cost, price_per_hour) | {"target": target} | _further_targets(spec) | _label_maps(spec)
-        )
+        fields = _cost_fields(spec, cost, price_per_hour) | {"target": target} | _further_targets(spec)
+        fields |= _label_maps(spec) | {"retrain": _described_training(spec)}
         print_json(fields | ({"guidance_decoder": advice} if advice else {}) | _warnings(spec))
     else:
         _print_cost(spec, cost, price_per_hour)
@@ -244,7 +245,8 @@ def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
     missing, target = missing_artefacts(job), _described_target(job)
     if as_json:
         checked = {"valid": True, "classes_checked": labels is not None, "to_prepare": missing, "target": target}
-        print_json(checked | _further_targets(job) | _label_maps(job) | _warnings(job))
+        fields = checked | _further_targets(job) | _label_maps(job) | {"retrain": _described_training(job)}
+        print_json(fields | _warnings(job))
         return
     print(f"{path} is valid")
     _print_target(job, target)
@@ -272,6 +274,14 @@ def _further_targets(job: JobSpec) -> dict[str, Any]:
     return {"further_targets": targets} if targets else {}
 
 
+def _described_training(job: JobSpec) -> dict[str, Any]:
+    """Whether `retrain` can fine-tune the target, and a line that says what to do where it cannot."""
+    from engine.models.trainability import training_line, untrainable
+
+    address = job.models.target
+    return {"can_train": not untrainable(address), "line": training_line(address, job.output.uri)}
+
+
 def _print_target(job: JobSpec, target: dict[str, Any]) -> None:
     """Print the temperature of the target; where its artefact is missing, that it has to be made."""
     from engine.models.calibration import temperature_text
@@ -286,6 +296,7 @@ def _print_target(job: JobSpec, target: dict[str, Any]) -> None:
         print(f"target {number + 2}: {one['address']} guides too" + (f"; its temperature: {own}" if own else ""))
     if further := len(job.models.further_targets):
         print(f"each guided step differentiates {further + 1} targets")
+    print(_described_training(job)["line"])
     for line in _label_map_lines(job):
         print(line)
     if job.oracle_guides:

@@ -10,6 +10,7 @@ import typer
 
 from engine.commands.arguments import (
     AddressOption,
+    DateOption,
     ExecutorOption,
     JobArgument,
     JsonOption,
@@ -24,7 +25,7 @@ from engine.commands.arguments import (
 from engine.commands.output import MAX_LISTED, complain, make_console, make_display, print_json, print_some, warn
 from engine.commands.stopping import stop_on_signals
 from engine.driver.executors.registry import DEFAULT_EXECUTOR
-from engine.errors import EXIT_DAMAGED, EXIT_INCOMPLETE, EXIT_OK
+from engine.errors import EXIT_DAMAGED, EXIT_INCOMPLETE, EXIT_OK, RiskforgeError
 from engine.terminal import show as print
 
 if TYPE_CHECKING:
@@ -72,17 +73,29 @@ def run(
     grace: GraceOption = DEFAULT_GRACE,
     deadline: DeadlineOption = None,
     max_duration: DurationOption = None,
+    date: DateOption = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Compare the run with this baseline at its end (see `compare --pin`), in its report."
+        ),
+    ] = None,
     strict: StrictOption = False,
     set_: SetOption = None,
 ) -> None:
     """Make the samples of a job; run the same command again to continue after an interruption."""
     limits = _limits(grace, deadline, max_duration)
     check_address(address, executor)
-    spec = load_job(job, set_, output=output, workers=workers, continues=resume != "overwrite")
+    spec = load_job(job, set_, output=output, workers=workers, continues=resume != "overwrite", date=date)
     from engine.commands.jobfile import quoting_comments
 
+    if baseline is not None:
+        from engine.studies.compare.baseline import read_baseline
+
+        # Refused now and not at the end of the night.
+        read_baseline(baseline)
     with quoting_comments(job):
-        _run(spec, executor, address, resume=resume, confirmed=yes, limits=limits, strict=strict)
+        _run(spec, executor, address, resume=resume, confirmed=yes, limits=limits, strict=strict, baseline=baseline)
 
 
 def retry(
@@ -96,7 +109,7 @@ def retry(
     strict: StrictOption = False,
 ) -> None:
     """Retry the shards in quarantine, and make everything else that is missing."""
-    from engine.commands.jobfile import let_import
+    from engine.commands.jobfile import let_import_of_run
     from engine.data.run.stored_plan import stored_plan
     from engine.data.stores.opening import open_store
     from engine.job.parsing import apply_overrides, parse_job
@@ -104,7 +117,7 @@ def retry(
     limits = _limits(grace, deadline, max_duration)
     check_address(address, executor)
     spec, _ = stored_plan(open_store(run))
-    let_import(spec, Path.cwd())
+    let_import_of_run(run, spec)
     if workers is not None:
         spec = parse_job(apply_overrides(spec.model_dump(mode="json"), [("runtime.workers", workers)]))
     _run(spec, executor, address, resume="auto", confirmed=False, limits=limits, retry=True, strict=strict)
@@ -151,11 +164,11 @@ def verify(
     with contextlib.closing(make_display()) as display:
         verdict = verify_run(store, display.advance)
         if deep and not verdict.damage:
-            from engine.commands.jobfile import let_import
+            from engine.commands.jobfile import let_import_of_run
             from engine.data.run.stored_plan import stored_plan
             from engine.generation.rescorer import rescore
 
-            let_import(stored_plan(store)[0], Path.cwd())
+            let_import_of_run(run, stored_plan(store)[0])
             verdict = dataclasses.replace(
                 verdict, findings=verdict.findings + tuple(rescore(store, advance=display.advance))
             )
@@ -200,7 +213,8 @@ def report(run: RunArgument) -> None:
     from engine.report.render import write_report
 
     store = open_store(run)
-    write_report(store)
+    if problem := write_report(store):
+        complain(problem)
     print(store.address(REPORT))
 
 
@@ -214,6 +228,7 @@ def _run(
     limits: SchedulerLimits,
     strict: bool,
     retry: bool = False,
+    baseline: Path | None = None,
 ) -> None:
     """Run a job and exit with its exit code."""
     from engine.driver.run import run_job
@@ -229,8 +244,29 @@ def _run(
             retry=retry,
         )
     _print_summary(summary)
+    if baseline is not None and summary.report and summary.drained in ("", "deadline"):
+        _compare_with_pin(summary.uri, baseline)
     is_failed = strict and summary.warnings and summary.exit_code == EXIT_OK
     raise typer.Exit(EXIT_INCOMPLETE if is_failed else summary.exit_code)
+
+
+def _compare_with_pin(run: str, baseline: Path) -> None:
+    """Print how a run differs from its baseline, which is then in its report; the run's exit code is not changed."""
+    from engine.report.text import many
+    from engine.studies.compare.nights import night_names
+    from engine.studies.compare.pinned import compare_with_pin
+
+    try:
+        comparison = compare_with_pin(run, baseline)
+    except RiskforgeError as error:
+        complain(f"not compared with the baseline: {error}")
+        return
+    night, _ = night_names(comparison.old, comparison.new)
+    new = many(len(comparison.new_failures), "new failure")
+    print(
+        f"against {night} ({baseline}): {new}, {len(comparison.fixed)} fixed,"
+        f" {len(comparison.unpaired_failures)} without a pair; `riskforge compare` says more"
+    )
 
 
 def _limits(grace: str, deadline: str | None, max_duration: str | None) -> SchedulerLimits:

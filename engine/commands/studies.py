@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -43,6 +42,12 @@ RiskyOption = Annotated[
 LabelsOption = Annotated[
     Literal["hard", "soft"], typer.Option(help="Labels of generated samples: their class, or their soft label.")
 ]
+HeldOutOption = Annotated[
+    float,
+    typer.Option(
+        metavar="X", help="Share of the accepted samples that is not trained on but tested; 0 switches it off."
+    ),
+]
 CalibrateOption = Annotated[
     str | None,
     typer.Option(
@@ -66,6 +71,7 @@ def retrain(
     steps: Annotated[int, typer.Option(metavar="N", help="Steps of each training run.")] = 200,
     mix: Annotated[float, typer.Option(metavar="X", help="Share of generated images in a batch.")] = 0.2,
     labels: LabelsOption = "hard",
+    held_out: HeldOutOption = 0.2,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Images per batch.")] = 64,
     learning_rate: Annotated[float, typer.Option(metavar="X", help="Peak learning rate of AdamW.")] = 3e-4,
     calibrate: CalibrateOption = None,
@@ -73,8 +79,10 @@ def retrain(
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune a run's target on its samples; compare with the original and with training on plain samples."""
+    from engine.commands.jobfile import let_import_of_run
     from engine.studies.retrain.options import RetrainOptions
     from engine.studies.retrain.program import retrain as retrain_target
+    from engine.studies.samples import open_study
 
     options = RetrainOptions(
         real=real,
@@ -88,8 +96,10 @@ def retrain(
         labels=labels,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        held_out=held_out,
     )
     with stop_on_signals(NOTHING_STORED):
+        let_import_of_run(run, open_study(run).job)
         retrained = retrain_target(run, options, display=make_display(), folder=output)
     if as_json:
         print_json(retrained.document)
@@ -142,7 +152,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Compare a run's images with real images, training images and prompts; cluster its failures in the report."""
-    from engine.commands.jobfile import let_import
+    from engine.commands.jobfile import let_import_of_run
     from engine.studies.evaluate.options import EvaluateOptions
     from engine.studies.evaluate.program import evaluate as evaluate_run
     from engine.studies.evaluate.summary_lines import summary_lines
@@ -153,7 +163,7 @@ def evaluate(
         failures=failures, limit=limit,
     )  # fmt: skip
     with stop_on_signals(NOTHING_STORED):
-        let_import(open_study(run).job, Path.cwd())
+        let_import_of_run(run, open_study(run).job)
         with contextlib.closing(make_display()) as display:
             evaluated = evaluate_run(run, options, display=display, folder=output)
     if as_json:
@@ -169,6 +179,7 @@ def evaluate(
 
 def _print_retrained(retrained: Retrained) -> None:
     """Print tables by context, findings, the data trained on, and the paths of the results."""
+    from engine.commands.comparison import print_rescored
     from engine.studies.retrain.inputs import DOCUMENT, MODEL
     from engine.studies.retrain.tables import accuracy_table, agreement_table
 
@@ -179,7 +190,10 @@ def _print_retrained(retrained: Retrained) -> None:
     for finding in retrained.findings:
         print(finding)
     print()
+    print_rescored(retrained.rescored)
+    print()
     print(f"generated    {retrained.arms.num_samples} samples in each of {', '.join(retrained.arms.pools)}")
+    print(f"held out     {len(retrained.arms.held_out)} accepted samples, by start and seed")
     for arm, reason in retrained.arms.left_out.items():
         print(f"left out     {arm}: {reason}")
     for name, data in document["data"].items():

@@ -355,10 +355,12 @@ def byte_size(num_bytes: int | None) -> str:
 
 
 def medians_table(groups: list[GroupSummary]) -> Table:
-    """Medians of the scores per request and context, of the first groups where there are many."""
+    """Medians of the scores per request and context, prompt-only ones first; of many the first groups."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
+
+    from engine.data.run.summary import plain_first
 
     title = "Medians per request and context"
     if len(groups) > MAX_GROUP_ROWS:
@@ -371,7 +373,7 @@ def medians_table(groups: list[GroupSummary]) -> Table:
     for heading, _ in figures:
         # Broken by hand: rich takes the room that a long heading lacks from the words of all columns.
         table.add_column(Text(textwrap.fill(heading, MAX_HEADING_CHARS, break_long_words=False)), justify="right")
-    for group in groups[:MAX_GROUP_ROWS]:
+    for group in plain_first(groups)[:MAX_GROUP_ROWS]:
         names = [Text(group.request), *([Text(group.context)] if has_context else [])]
         table.add_row(*names, *(text_of(group) for _, text_of in figures))
     return table

@@ -36,6 +36,7 @@ from engine.driver.scheduling.messages import SchedulerLimits
 from engine.job.plan import Plan
 from engine.job.spec import JobSpec
 from engine.models.factories import add_import_folders, import_folders
+from engine.models.factory_cache import keep_import_folders
 
 MakeWorker = Callable[[JobSpec, Plan], WorkerLike]
 
@@ -79,6 +80,7 @@ def run_job(
         if resume == "auto" and (summary := _complete_summary(checked, started)):
             return summary
         check_unused(checked.store)
+        keep_import_folders(checked.store.uri)
         session = _Session(checked, executor, display, limits or SchedulerLimits(), started)
         with session.open(resume, confirmed=confirmed, retry=retry):
             return session.run(make_worker or _in_this_folder(default_worker))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from engine.data.run.commits import list_commits
@@ -23,9 +23,18 @@ from engine.data.stores.base import Store
 from engine.data.stores.journal import NOTICE, read_events
 from engine.data.stores.lease import is_alive, read_holder
 from engine.driver.progress import duration
+from engine.driver.run_outcome import (
+    PinnedOutcome,
+    RequestOutcome,
+    outcome_text,
+    pinned_lines,
+    read_outcomes,
+    read_pinned_outcome,
+)
 from engine.errors import CorruptShardError, OutputError
 from engine.job.plan import Plan
 from engine.job.quotas import replay
+from engine.report.text import many
 from engine.terminal import printable
 
 # The rate is measured over this many of the latest commits.
@@ -34,7 +43,12 @@ MAX_COMMITS = 50
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestStatus:
-    """Status of a request; `wanted` and `missing` are accepted samples, None if it has no quotas."""
+    """Status of a request.
+
+    Attributes:
+        wanted, missing: accepted samples; None if it has no quotas.
+        outcome: what the models said of its samples; None until the run is complete.
+    """
 
     name: str
     planned: int
@@ -43,6 +57,7 @@ class RequestStatus:
     failed: int
     wanted: int | None
     missing: int | None
+    outcome: RequestOutcome | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +76,7 @@ class Status:
             since the last start.
         curation: how a curated run was selected, as far as that is known; None of any other run.
         remake: the command that makes what is missing, for messages.
+        pinned: the comparison with the pinned baseline; None where there is none.
     """
 
     uri: str
@@ -79,6 +95,7 @@ class Status:
     notices: tuple[str, ...]
     curation: Curation | None
     remake: str
+    pinned: PinnedOutcome | None = None
 
 
 def read_status(store: Store) -> Status:
@@ -99,23 +116,29 @@ def read_status(store: Store) -> Status:
     rate = _rate(events) if is_running else None
     planned = sum(extent.stop - extent.start for extent in plan.extents)
     left = planned - sum(shard.attempted for shard in counts.values())
+    state = _state(is_damaged=bool(lost), is_complete=is_marked and not is_torn, is_running=is_running)
+    requests = _request_statuses(plan, counts, job.output.samples_per_shard)
+    if state == "complete":
+        outcomes = read_outcomes(store)
+        requests = tuple(replace(request, outcome=outcomes.get(request.name)) for request in requests)
     return Status(
         uri=store.uri,
         name=job.name,
-        state=_state(is_damaged=bool(lost), is_complete=is_marked and not is_torn, is_running=is_running),
+        state=state,
         driver=str(holder) if holder else "",
         num_shards=plan.num_shards,
         num_committed=len(counts),
         quarantined=tuple(number for number in quarantined_shards(store) if number not in counts),
         lost=lost,
         is_torn=is_torn,
-        requests=_request_statuses(plan, counts, job.output.samples_per_shard),
+        requests=requests,
         samples_per_second=rate,
         eta_seconds=left / rate if rate else None,
         last_event=events[-1] if events else {},
         notices=_notices(store, events),
         curation=_curation(store) if is_curated(plan) else None,
         remake=remake_command(plan),
+        pinned=read_pinned_outcome(store),
     )
 
 
@@ -197,7 +220,10 @@ def status_lines(status: Status) -> list[str]:
         lines.append(
             f"{rate:.2g} samples/s" + (f", {duration(eta)} left for the planned shards" if eta is not None else "")
         )
-    lines += map(_request_line, status.requests)
+    for request in status.requests:
+        lines.append(_request_line(request, is_complete=status.state == "complete"))
+        lines += [f"  {outcome_text(request.outcome)}"] if request.outcome else []
+    lines += pinned_lines(status.pinned) if status.pinned else []
     if status.curation:
         lines += [f"{name.lower()}: {printable(text)}" for name, text in curation_facts(status.curation)]
     lines += [f"notice: {text}" for text in status.notices]
@@ -210,7 +236,20 @@ def status_lines(status: Status) -> list[str]:
     return lines
 
 
-def _request_line(request: RequestStatus) -> str:
+def _request_line(request: RequestStatus, *, is_complete: bool) -> str:
+    if is_complete:
+        return _finished_line(request)
     text = f"{request.name}: {request.attempted} of {request.planned} samples, {request.accepted} accepted"
     text += f", {request.failed} failed" if request.failed else ""
     return text + (f", {request.missing} of {request.wanted} still missing" if request.missing else "")
+
+
+def _finished_line(request: RequestStatus) -> str:
+    """What was made of what was wanted; of a quota no more than that counts."""
+    if request.wanted is None or request.missing is None:
+        text = f"{request.name}: {request.accepted} of {request.planned} accepted"
+    else:
+        counted = request.wanted - request.missing
+        text = f"{request.name}: {counted} of {request.wanted} wanted, {request.accepted} accepted of"
+        text += f" {many(request.attempted, 'attempt')}"
+    return text + (f", {request.failed} failed" if request.failed else "")

@@ -169,11 +169,11 @@ def _derived(name: str, record: Mapping[str, Any], subset: tuple[int, ...]) -> A
         case "valid_failure":
             return _derived("target_errs", record, subset) and _derived("oracle_agrees", record, subset)
         case "label_is_valid":
-            return _label_is_valid(record["p_valid"], record["oracle_p_label_min"])
+            return label_is_valid(record["p_valid"], record["oracle_p_label_min"])
     raise KeyError(name)
 
 
-def _label_is_valid(estimate: float, least: float) -> bool | None:
+def label_is_valid(estimate: float, least: float) -> bool | None:
     if estimate != UNKNOWN:
         return estimate >= MIN_P_VALID
     return None if least == UNKNOWN else least >= MIN_ORACLE_P_LABEL

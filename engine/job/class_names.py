@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 
 from engine.job.columns import NO_CLASS
 from engine.job.plan import Plan
@@ -27,7 +27,20 @@ def distinct_pairs(pairs: Iterable[tuple[int, str]]) -> dict[tuple[int, str], st
 
 def distinct_names(names: Mapping[int, str]) -> dict[int, str]:
     """Names by class index all different: `crane (134)` and `crane (517)`."""
-    return {index: text for (index, _), text in distinct_pairs(names.items()).items()}
+    texts = {index: text for (index, _), text in distinct_pairs(names.items()).items()}
+    # A class may itself be called `crane (134)`.
+    while double := {text for text, count in Counter(texts.values()).items() if count > 1}:
+        texts = {index: f"{text} ({index})" if text in double else text for index, text in texts.items()}
+    return texts
+
+
+def label_names(labels: Sequence[str]) -> list[str]:
+    """Names of all classes, all different, as `datasets` wants those of a `ClassLabel`.
+
+    Args:
+        labels: class names in index order.
+    """
+    return list(distinct_names(dict(enumerate(labels))).values())
 
 
 def planned_names(plan: Plan) -> dict[int, str]:

@@ -114,6 +114,12 @@ def find_method(name: object) -> Method | None:
     return USER_CODE if ":" in name else BUILT_IN.get(name)
 
 
+def is_guided(name: object) -> bool:
+    """Whether samples of a method are guided, by its name; one that is not known here is taken to."""
+    method = find_method(name)
+    return method is None or method.is_guided
+
+
 def method_of(name: str) -> Method:
     """As `find_method`, for the `method` of a checked request.
 

@@ -78,7 +78,7 @@ class Classifier:
         network, settings = open_program(address, device)
         return cls(
             network,
-            Preprocessing.plain(address, _steps(settings)),
+            Preprocessing.plain(address, steps_of(settings)),
             name=address,
             labels=settings.labels,
             temperature=settings.temperature if temperature is None else temperature,
@@ -134,7 +134,7 @@ class Classifier:
         return logits.float() / self.temperature
 
 
-def _steps(settings: TargetSettings) -> Steps:
+def steps_of(settings: TargetSettings) -> Steps:
     """The preprocessing steps that settings describe."""
     height, width = settings.shape
     return Steps(

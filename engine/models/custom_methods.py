@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import JobError
 from engine.job.spec import JobSpec, RequestSpec
 from engine.methods.custom.spec import CustomGuidanceSpec
-from engine.models.factories import find_factory, module_of, reason_of
+from engine.models.factories import call_with_files, find_factory, module_of, reason_of
 
 if TYPE_CHECKING:
     from engine.methods.custom.criterion import Criterion
@@ -87,7 +87,7 @@ def load_method(address: str, parameters: dict[str, Any]) -> Criterion:
     factory = find_factory(address)
     _check_parameters(address, factory, parameters)
     try:
-        criterion = factory(**parameters)
+        criterion = call_with_files(address, lambda: factory(**parameters))
     except (Exception, SystemExit) as error:
         raise JobError(f"'{address}' failed: {reason_of(error)}") from error
     if not callable(criterion):

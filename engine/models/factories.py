@@ -5,15 +5,19 @@ Imports torch only where their modules do.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.util
 import os
 import re
 import sys
+import sysconfig
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from engine.errors import MAX_REASON_CHARS, JobError, first_line
 from engine.job.spec_messages import nearest
@@ -21,6 +25,18 @@ from engine.terminal import redacted
 
 # The folders that `add_import_folders` added in this process.
 _FOLDERS: list[str] = []
+# The working folder is the whole process's: one factory at a time.
+_WORKING = threading.RLock()
+# Of Python's own modules, of installed packages, and of this package.
+_INSTALLED = (
+    *(Path(sysconfig.get_paths()[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+    Path(__file__).parents[1],
+)
+# In how many of its working folders a factory was called.
+_NUM_TRIED: dict[str, int] = {}
+# What readers of files raise where there is no such file; `torch.jit.load` and transformers raise the latter two.
+_PERHAPS_MISSING = (OSError, ValueError, RuntimeError)
+T = TypeVar("T")
 _FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
@@ -52,11 +68,6 @@ def module_of(address: str) -> tuple[str, str]:
     return module, name
 
 
-def factories(addresses: Iterable[str | None]) -> Iterator[str]:
-    """The addresses among these that are factories."""
-    return (address for address in addresses if address and is_factory(address))
-
-
 def find_factory(address: str) -> Callable[..., Any]:
     """The function of `package.module:factory`.
 
@@ -76,9 +87,79 @@ def find_factory(address: str) -> Callable[..., Any]:
     raise JobError(f"'{address}': module '{name}' ({place}) {what} '{attribute}'{nearest(attribute, known)}")
 
 
+def call_with_files(address: str, call: Callable[[], T]) -> T:
+    """What a call of a user's function gives, in the first folder in which it finds the files that it opens.
+
+    Raises:
+        Exception: what it raises in the first of the folders, where it succeeds in none.
+    """
+    first: Exception | None = None
+    for number, folder in enumerate(working_folders(address), 1):
+        _NUM_TRIED[address] = max(number, _NUM_TRIED.get(address, 0))
+        try:
+            with _working_in(folder):
+                return call()
+        except _PERHAPS_MISSING as error:
+            first = first or error
+    assert first is not None, "there is a working folder"
+    raise first
+
+
+def working_folders(address: str) -> list[Path]:
+    """Where relative paths in a factory may start: next to its file, next to the job, and in the working folder."""
+    origin = module_file(module_of(address)[0])
+    own = [] if origin is None or is_installed(origin) else [origin.parent, _import_root(origin, address)]
+    # Of those that were added the working folder is the first.
+    folders = [*own, *map(Path, reversed(_FOLDERS)), Path.cwd()]
+    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+
+
+def tried_folders(address: str) -> list[Path]:
+    """The working folders that a factory was called in so far."""
+    return working_folders(address)[: _NUM_TRIED.get(address, 1)]
+
+
+def module_file(name: str) -> Path | None:
+    """The file of a module, which is not imported for that; None where there is none."""
+    if (module := sys.modules.get(name)) is not None:
+        file = getattr(module, "__file__", None)
+        return Path(file).resolve() if file else None
+    first, *rest = name.split(".")
+    try:
+        # Of a name without dots: packages would be imported for others.
+        spec = importlib.util.find_spec(first)
+    except (ImportError, ValueError, OSError):
+        return None
+    if spec is None or not rest:
+        return Path(spec.origin).resolve() if spec and spec.origin and spec.has_location else None
+    bases = [Path(folder, *rest) for folder in spec.submodule_search_locations or ()]
+    files = [file for base in bases for file in (base / "__init__.py", base.with_name(f"{base.name}.py"))]
+    return next((file.resolve() for file in files if file.is_file()), None)
+
+
+def is_installed(path: Path) -> bool:
+    """Whether a file is of an installed package, of Python or of this package, and so not the user's."""
+    return any(path.is_relative_to(folder) for folder in _INSTALLED)
+
+
+def _import_root(origin: Path, address: str) -> Path:
+    """The folder that a module's import starts from: above its packages."""
+    depth = module_of(address)[0].count(".") + (origin.name == "__init__.py")
+    return origin.parents[min(depth, len(origin.parents) - 1)]
+
+
+@contextlib.contextmanager
+def _working_in(folder: Path) -> Iterator[None]:
+    """Make a folder the working folder of the process for a while."""
+    with _WORKING, contextlib.chdir(folder):
+        yield
+
+
 def _import(name: str, address: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
+        if (known := sys.modules.get(name)) is not None:
+            return known
+        return call_with_files(address, lambda: importlib.import_module(name))
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise JobError(f"'{address}': module '{name}' cannot be imported: {reason_of(error)}") from error

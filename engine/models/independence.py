@@ -8,6 +8,7 @@ from engine.errors import JobError
 from engine.job.oracles import oracle_fields
 from engine.job.spec import ModelsSpec
 from engine.models.addresses import locate
+from engine.models.factory_folders import as_factory_folder
 from engine.models.oracle_kinds import network_of
 from engine.models.programs import as_file, is_program
 from engine.models.weight_comparison import have_same_weights
@@ -126,4 +127,4 @@ def _are_same(address: str, other: str, part: tuple[str, ...] = _WHOLE) -> bool:
 
 def _path(address: str) -> Path | None:
     """The folder or file of a model that is on this machine; None for factories and for hub ids that are not."""
-    return as_file(address) or (None if is_program(address) else locate(address).folder)
+    return as_file(address) or as_factory_folder(address) or (None if is_program(address) else locate(address).folder)

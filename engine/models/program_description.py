@@ -1,17 +1,20 @@
 """Settings and digest of a classifier that is a program: a file is read, a factory is called.
 
-Imports torch only where a factory is called.
+A factory is called once for as long as nothing changes that it depends on (`engine.models.factory_cache`). Imports
+torch only where one is called.
 """
 
 from __future__ import annotations
 
 import hashlib
 
+from engine.models.factory_cache import Description, cached_description, keep_description
+from engine.models.factory_files import traced
 from engine.models.program_settings import TargetSettings, side_file, side_settings
 from engine.models.programs import archive_kind, as_file
 
-# Settings and digest of the factories that were called in this process, by address.
-_KNOWN: dict[str, tuple[TargetSettings, str]] = {}
+# The factories that were described in this process, by address.
+_KNOWN: dict[str, Description] = {}
 
 
 def check_program(address: str) -> None:
@@ -54,7 +57,7 @@ def program_digest(address: str) -> str:
     """
     path = as_file(address)
     if path is None:
-        return _described(address)[1]
+        return _described(address).digest
     side_settings(path, address)
     digest = hashlib.sha256()
     for part in (path, side_file(path)):
@@ -65,13 +68,29 @@ def program_digest(address: str) -> str:
 
 def _settings(address: str) -> TargetSettings:
     path = as_file(address)
-    return side_settings(path, address) if path else _described(address)[0]
+    return side_settings(path, address) if path else _described(address).settings
 
 
-def _described(address: str) -> tuple[TargetSettings, str]:
-    """Settings and digest of a factory's network; called once in a process, as modules are imported once."""
+def program_untrainable(address: str) -> str:
+    """Why `retrain` cannot train a file or factory; empty where it can.
+
+    Raises:
+        JobError: as `check_program`.
+    """
+    if path := as_file(address):
+        return "a TorchScript file" if archive_kind(path, address) == "torchscript" else "a torch.export file"
+    return _described(address).untrainable
+
+
+def _described(address: str) -> Description:
+    """A factory's network; called once in a process, as modules are imported once."""
     if address not in _KNOWN:
-        from engine.models.program_loading import describe_factory
+        description = cached_description(address)
+        if description is None:
+            from engine.models.program_loading import describe_factory
 
-        _KNOWN[address] = describe_factory(address)
+            with traced() as opened:
+                description = describe_factory(address)
+            keep_description(address, description, opened)
+        _KNOWN[address] = description
     return _KNOWN[address]

@@ -21,11 +21,14 @@ import torch
 from torch import Tensor
 
 from engine.errors import JobError
-from engine.models.factories import find_factory, reason_of
+from engine.models.factories import call_with_files, find_factory, reason_of, working_folders
+from engine.models.factory_cache import Description, check_unchanged
+from engine.models.factory_folders import StoredFactory, read_factory_folder
 from engine.models.kernels import full_float32
 from engine.models.program_settings import EXAMPLE, TargetSettings, parse_settings, side_settings
 from engine.models.program_trial import Network, check_outputs, type_name
 from engine.models.programs import archive_kind, as_file
+from engine.models.training_trial import training_problem
 
 _WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
@@ -42,6 +45,7 @@ def open_program(address: str, device: str) -> tuple[Network, TargetSettings]:
     path = as_file(address)
     if path is None:
         module, settings = call_factory(address)
+        check_unchanged(address, module_digest(address, module, settings))
         return _ready(module.float().to(device).eval(), settings, address, device), settings
     kind, settings = archive_kind(path, address), side_settings(path, address)
     return _ready(_open_file(path, kind, address, device), settings, address, device), settings
@@ -90,16 +94,31 @@ def _weights_only() -> Iterator[None]:
 
 
 def call_factory(address: str) -> tuple[torch.nn.Module, TargetSettings]:
-    """Module and settings of `package.module:factory`.
+    """Module and settings of `package.module:factory`, or of the folder of a retrained one.
 
     Raises:
-        JobError: no such module or factory, it fails, or it returns something else.
+        JobError: no such module or factory, it fails, it returns something else, or it does not take the weights.
     """
+    stored = read_factory_folder(address)
+    if stored is None:
+        return _called(address)
+    module, settings = _called(stored.factory)
+    if settings.labels != stored.labels:
+        raise JobError(
+            f"'{address}': '{stored.factory}' has other classes than when its weights were stored; restore it, or"
+            " retrain again"
+        )
+    _load_weights(module, stored)
+    return module, settings.model_copy(update={"temperature": stored.temperature})
+
+
+def _called(address: str) -> tuple[torch.nn.Module, TargetSettings]:
+    """What a factory returns, checked."""
     factory = find_factory(address)
     try:
-        pair = factory()
+        pair = call_with_files(address, factory)
     except (Exception, SystemExit) as error:
-        raise JobError(f"'{address}' failed: {reason_of(error)}") from error
+        raise JobError(f"'{address}' failed: {reason_of(error)}{_looked_up(address, error)}") from error
     if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], torch.nn.Module):
         raise JobError(
             f"'{address}' gave {type_name(pair)}; return a pair of a torch.nn.Module and its settings, such as"
@@ -109,27 +128,57 @@ def call_factory(address: str) -> tuple[torch.nn.Module, TargetSettings]:
     return module, parse_settings(settings, f"'{address}'")
 
 
-def describe_factory(address: str) -> tuple[TargetSettings, str]:
-    """Settings and digest of a factory's network, which is tried.
+def _looked_up(address: str, error: BaseException) -> str:
+    """Where a missing file was looked for."""
+    if not isinstance(error, FileNotFoundError):
+        return ""
+    folders = ", ".join(f"'{folder}'" for folder in working_folders(address))
+    return f"; files that it opens are looked up in {folders}"
 
-    The digest is of the address, the settings, and names, types, shapes and bytes of all parameters and buffers. It
-    does not include code: a change of `forward` alone is not noticed.
+
+def _load_weights(module: torch.nn.Module, stored: StoredFactory) -> None:
+    """Give a factory's network the stored weights, all of them.
+
+    Raises:
+        JobError: the file is missing or damaged, or the network has other parameters.
+    """
+    import safetensors
+    from safetensors.torch import load_model
+
+    try:
+        load_model(module, stored.weights)
+    except (OSError, RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        raise JobError(
+            f"'{stored.weights}' does not hold the weights of '{stored.factory}' ({' '.join(str(error).split())[:300]})"
+            "; restore the factory as it was, or retrain again"
+        ) from None
+
+
+def describe_factory(address: str) -> Description:
+    """Settings, digest and trainability of a factory's network, which is tried.
+
+    The digest is of the factory's name, the settings, and names, types, shapes and bytes of all parameters and buffers.
+    It does not include code: a change of `forward` alone is not noticed.
 
     Raises:
         JobError: as `call_factory`; or weights differ from call to call: workers would have different models.
     """
     module, settings = call_factory(address)
-    digest = _module_digest(address, module, settings)
+    digest = module_digest(address, module, settings)
     _ready(module.float().eval(), settings, address, "cpu")
-    if digest != _module_digest(address, *call_factory(address)):
+    module, again = call_factory(address)
+    if digest != module_digest(address, module, again):
         raise JobError(
             f"'{address}' gives other weights or settings every time it is called; load trained weights in it"
         )
-    return settings, digest
+    return Description(settings=settings, digest=digest, untrainable=training_problem(module.float(), settings))
 
 
-def _module_digest(address: str, module: torch.nn.Module, settings: TargetSettings) -> str:
-    digest = hashlib.sha256(f"{address}\0{settings.model_dump_json()}\0".encode())
+def module_digest(address: str, module: torch.nn.Module, settings: TargetSettings) -> str:
+    """Digest of a factory's network, wherever the folder of a retrained one is."""
+    stored = read_factory_folder(address)
+    name = stored.factory if stored else address
+    digest = hashlib.sha256(f"{name}\0{settings.model_dump_json()}\0".encode())
     state = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
     for name, tensor in sorted(state.items()):
         plain = tensor.detach().cpu().contiguous()

@@ -1,7 +1,8 @@
 """Classifiers that are programs instead of a model folder: a file of TorchScript or torch.export, or a factory.
 
 A file does not hold its labels, so its settings are in a side file (`engine.models.program_settings`); a factory in the
-user's own code returns a module and the same settings. Imports no torch.
+user's own code returns a module and the same settings; a folder (`engine.models.factory_folders`) names a factory and
+holds other weights for it. Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from pathlib import Path
 from typing import Literal
 
 from engine.errors import JobError
-from engine.models.factories import is_factory
+from engine.models.factory_folders import runs_code
 
 _CONVERT = "convert it to TorchScript or torch.export, or name a factory that loads it (package.module:factory)"
 
 
 def is_program(address: str) -> bool:
-    """Whether an address is that of a file or of a factory."""
-    return is_factory(address) or as_file(address) is not None
+    """Whether an address is that of a file, of a factory, or of a folder of a retrained one."""
+    return runs_code(address) or as_file(address) is not None
 
 
 def as_file(address: str) -> Path | None:

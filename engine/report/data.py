@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.data.run.outcomes import errors, joint_rows, oracle_agreement, scored_rows
+from engine.data.run.outcomes import errors, joint_rows, label_validity, oracle_agreement, scored_rows
 from engine.data.run.schema import check_rows
 from engine.data.run.summary import SUMMARY_COLUMNS
 from engine.data.stores.file_errors import shown_path
@@ -27,7 +27,8 @@ from engine.job.columns import (
     stored_names,
 )
 from engine.job.records import STATUS_FAILED
-from engine.report.text import joined
+from engine.methods.registry import is_guided
+from engine.report.text import joined, many
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,6 +44,8 @@ MAX_CONFUSION_CLASSES = 50
 MAX_PAIRS = 25
 MAX_MESSAGES = 10
 MAX_SUBSET = 8
+# With more requests, confusions are those of all that are guided, and of all that are not.
+MAX_CONFUSIONS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,8 @@ class Rows:
         scored: whether models scored a row.
         target_errs: whether the target predicts a class that was not asked for.
         oracle_agrees: whether the oracle predicts one that was.
+        label_valid: 1.0 where the label is valid by the name `label_is_valid`, 0.0 where not, -1.0 where unknown.
+        guided: for each request whether its samples were guided.
         subsets: for each request the classes of its joint prompt; empty where it has one class a sample.
     """
 
@@ -79,10 +84,16 @@ class Rows:
     scored: np.ndarray
     target_errs: np.ndarray
     oracle_agrees: np.ndarray
+    label_valid: np.ndarray
+    guided: list[bool]
     subsets: list[tuple[int, ...]]
 
     def __len__(self) -> int:
         return len(self.request.codes)
+
+    def plain_first(self) -> list[int]:
+        """The requests: prompt-only ones, then guided ones, each in the order of their first sample."""
+        return sorted(range(len(self.request.names)), key=lambda code: self.guided[code])
 
     def main_score(self, request: int) -> Column:
         """The score that a request aims at: KLDB between classes, risk otherwise."""
@@ -126,6 +137,8 @@ def make_rows(table: pa.Table) -> Rows:
         scored=scored,
         target_errs=errors(table),
         oracle_agrees=oracle_agreement(table) > 0,
+        label_valid=label_validity(table),
+        guided=_guided(table, texts["request"]),
         subsets=_subsets(table, texts["request"], scored & joint_rows(table)),
     )
 
@@ -136,6 +149,12 @@ def _categories(column: pa.ChunkedArray) -> Categories:
     order = np.argsort(first)
     names = encoded.dictionary.to_pylist()
     return Categories(np.argsort(order)[codes], [names[used[place]] for place in order])
+
+
+def _guided(table: pa.Table, request: Categories) -> list[bool]:
+    """For each request whether its method guides, by its first row."""
+    _, first = np.unique(request.codes, return_index=True)
+    return [is_guided(name) for name in table["method"].take(first).to_pylist()]
 
 
 def _subsets(table: pa.Table, request: Categories, joint: np.ndarray) -> list[tuple[int, ...]]:
@@ -186,37 +205,59 @@ def subset_name(subset: tuple[int, ...], names: dict[int, str]) -> str:
     return joined((name_of(index, names) for index in subset), MAX_SUBSET, " and ")
 
 
-def conditioned(rows: Rows, names: dict[int, str]) -> list[tuple[str, frozenset[int], np.ndarray]]:
-    """What samples were conditioned on: name, classes, and which scored rows; the classes first, then the subsets."""
+def samples_apart(rows: Rows) -> list[tuple[str, np.ndarray]]:
+    """Samples that tables may pool: names and which rows, of each request, prompt-only ones first.
+
+    Of many requests it is all prompt-only ones together, and all guided ones.
+    """
+    order = rows.plain_first()
+    if len(order) <= MAX_CONFUSIONS:
+        return [(rows.request.names[code], rows.request.codes == code) for code in order]
+    guided = np.array(rows.guided, dtype=bool)
+    kinds = (("prompt-only", ~guided), ("guided", guided))
+    return [
+        (many(int(chosen.sum()), f"{kind} request"), chosen[rows.request.codes])
+        for kind, chosen in kinds
+        if chosen.any()
+    ]
+
+
+def conditioned(rows: Rows, names: dict[int, str], among: np.ndarray) -> list[tuple[str, frozenset[int], np.ndarray]]:
+    """What samples were conditioned on: name, classes, and which scored rows; the classes first, then the subsets.
+
+    Args:
+        among: which rows, [N].
+    """
     joint = np.array([bool(subset) for subset in rows.subsets], dtype=bool)[rows.request.codes]
-    single = rows.scored & ~joint
+    single = rows.scored & among & ~joint
     rows_of: dict[tuple[int, ...], np.ndarray] = {
         (int(index),): single & (rows.numbers["class_index"] == index)
         for index in np.unique(rows.numbers["class_index"][single])
     }
     for code, subset in enumerate(rows.subsets):
         if subset:
-            here = rows.scored & (rows.request.codes == code)
+            here = rows.scored & among & (rows.request.codes == code)
             rows_of[subset] = rows_of.get(subset, np.zeros(len(rows), dtype=bool)) | here
+    rows_of = {classes: here for classes, here in rows_of.items() if here.any()}
     return [(subset_name(classes, names), frozenset(classes), here) for classes, here in rows_of.items()]
 
 
-def confusion(rows: Rows, names: dict[int, str]) -> Confusion | None:
-    """The confusion table, or None with too many classes for one, or with no scored sample."""
+def confusion(rows: Rows, names: dict[int, str], among: np.ndarray) -> Confusion | None:
+    """The confusion table of some rows, or None with too many classes for one, or with no scored sample."""
     predicted = rows.numbers["predicted_class"]
     columns = sorted({int(index) for index in np.unique(predicted[rows.scored])} | set(names))
-    if len(columns) > MAX_CONFUSION_CLASSES or not rows.scored.any():
+    if len(columns) > MAX_CONFUSION_CLASSES or not (rows.scored & among).any():
         return None
     lines = []
-    for name, classes, here in conditioned(rows, names)[: 2 * MAX_CONFUSION_CLASSES]:
+    for name, classes, here in conditioned(rows, names, among)[: 2 * MAX_CONFUSION_CLASSES]:
         counts = [int(np.count_nonzero(predicted[here] == column)) for column in columns]
         lines.append((name, counts, frozenset(place for place, column in enumerate(columns) if column in classes)))
     return Confusion(columns=[name_of(index, names) for index in columns], rows=lines)
 
 
-def error_pairs(rows: Rows, names: dict[int, str]) -> list[tuple[str, str, int]]:
-    """The most frequent errors: what was asked for, predicted class, count; for targets with many classes."""
-    wrong = rows.scored & rows.target_errs
+def error_pairs(rows: Rows, names: dict[int, str], among: np.ndarray) -> list[tuple[str, str, int]]:
+    """The most frequent errors of some rows: what was asked for, predicted class, count; for many classes."""
+    wrong = rows.scored & among & rows.target_errs
     subsets = list(dict.fromkeys(subset for subset in rows.subsets if subset))
     # Subsets are numbered below zero, so that they differ from classes.
     numbers = np.array([-1 - subsets.index(subset) if subset else 0 for subset in rows.subsets], dtype=np.int64)

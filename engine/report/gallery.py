@@ -23,6 +23,7 @@ from engine.data.run.outcomes import asked_classes, target_errs
 from engine.job.columns import BY_NAME, NO_CLASS, Column, Role, by_rank, columns_with, entry_scores_with
 from engine.job.records import STATUS_OK, is_scored
 from engine.report.data import Rows, name_of, subset_name
+from engine.report.oracle_answers import common_answer, independent, summary, validity, validity_text
 from engine.report.text import clip, joined, number
 
 MAX_SAMPLES = 320
@@ -37,8 +38,12 @@ NUM_TILE_SCORES = 3
 OUTCOMES = {
     "error": "Target errs",
     "valid": "Target errs, oracle agrees",
+    "agreed": "Target errs, all oracles agree",
+    "strict": "Target errs, label strictly valid",
     "right": "Target predicts what was asked for",
+    "doubted": "An oracle disagrees with the label",
 }
+NO_CONTEXT = "no context"
 
 
 def select(rows: Rows, limit: int = MAX_SAMPLES) -> list[int]:
@@ -120,6 +125,10 @@ class Tile:
     Attributes:
         image: data URI of the thumbnail; empty where there is none.
         blank: text in place of a missing image.
+        classes: indices of the classes that it was conditioned on, by which classes are sorted.
+        context: of its prompt; empty without one.
+        answers: lines about target, oracles and label, each with whether it is as asked.
+        oracle: what all oracles predict, or that they disagree; empty without one.
         outcomes: which of `OUTCOMES` hold of it.
         record: all its metadata.
     """
@@ -129,7 +138,10 @@ class Tile:
     blank: str
     alt: str
     conditioned: str
+    classes: tuple[int, ...]
+    context: str
     predicted: str
+    answers: list[tuple[str, bool]]
     oracle: str
     outcomes: list[str]
     scores: dict[str, str]
@@ -172,12 +184,21 @@ def make_tile(record: dict[str, Any], image: bytes, names: dict[int, str], budge
         blank=clip(f"{record['status']}: {record['error_message']}".rstrip(": "), 110),
         alt=clip(f"{conditioned}, predicted {predicted}", 200),
         conditioned=clip(conditioned, 60),
-        predicted=clip(predicted, 60),
-        oracle="" if record["oracle_class"] == NO_CLASS else clip(name_of(record["oracle_class"], names), 60),
+        classes=asked_classes(record),
+        context=clip(str(record["context"]), 200),
+        predicted=clip(predicted, 60) if scored else "",
+        answers=_answers(record, names) if scored else [],
+        oracle=common_answer(record, names) if scored else "",
         outcomes=_outcomes(record) if scored else [],
         scores={column.title: number(record[column.name]) for column in _tile_scores()} if scored else {},
         record=record,
     )
+
+
+def _answers(record: dict[str, Any], names: dict[int, str]) -> list[tuple[str, bool]]:
+    """The lines of a tile about what models say: the target, the oracles, and the label."""
+    target = f"target: {clip(name_of(record['predicted_class'], names), 60)}", not target_errs(record)
+    return [line for line in (target, summary(record, names), validity_text(record)) if line[0]]
 
 
 def _tile_scores() -> tuple[Column, ...]:
@@ -193,10 +214,18 @@ def conditioned_name(record: dict[str, Any], names: dict[int, str]) -> str:
 
 
 def _outcomes(record: dict[str, Any]) -> list[str]:
-    """Which outcomes hold, as in the tables: of a joint prompt the oracle may predict any class of the subset."""
+    """Which outcomes hold, as in the tables: of a joint prompt an oracle may predict any class of the subset."""
+    oracles = independent(record)
+    doubted = [] if all(answer.is_asked for answer in oracles) else ["doubted"]
     if not target_errs(record):
-        return ["right"]
-    return ["error", "valid"] if record["oracle_class"] in asked_classes(record) else ["error"]
+        return ["right", *doubted]
+    holds = {
+        "error": True,
+        "valid": record["oracle_class"] in asked_classes(record),
+        "agreed": len(oracles) > 1 and not doubted,
+        "strict": validity(record) is True,
+    }
+    return [*(name for name, is_so in holds.items() if is_so), *doubted]
 
 
 def gallery_json(tiles: list[Tile], names: dict[int, str]) -> Markup:
@@ -209,6 +238,9 @@ def gallery_json(tiles: list[Tile], names: dict[int, str]) -> Markup:
                 "key": tile.record["key"],
                 "request": tile.record["request"],
                 "class": tile.conditioned,
+                "context": tile.context or NO_CONTEXT,
+                "target": tile.predicted,
+                "oracle": tile.oracle,
                 "status": tile.record["status"],
                 "outcomes": tile.outcomes,
                 "scores": sort_scores(tile.record) if tile.scores else {},

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from engine.data.run.summary import GroupSummary, shown_entry_scores, shown_scores, summarise_table
+from engine.data.run.summary import GroupSummary, plain_first, shown_entry_scores, shown_scores, summarise_table
 from engine.job.columns import GUIDES, Role, by_rank
 from engine.report.text import ABSENT, clip, number, percent
 
@@ -58,9 +58,10 @@ def summary_table(groups: list[GroupSummary], totals: list[GroupSummary], max_li
 
     Args:
         groups: per request and context.
-        totals: per request (`request_totals`), in order.
+        totals: per request (`request_totals`); prompt-only ones come first.
         max_lines: beyond this, the contexts with the highest error rates are kept.
     """
+    totals = plain_first(totals)
     figures = summary_figures(totals)
     contexts = {total.request: [group for group in groups if group.request == total.request] for total in totals}
     parts = [group for some in contexts.values() if len(some) > 1 for group in some]
@@ -91,13 +92,14 @@ def summary_figures(groups: Sequence[GroupSummary]) -> list[Figure]:
     """The figures of summaries, in their order; models that no group names have none."""
     models = dict.fromkeys(summary.model for group in groups for summary in group.transfer)
     return [
-        Figure(Heading("Attempted"), lambda group: (f"{group.attempted:,}", "")),
-        Figure(Heading("Images"), lambda group: (f"{group.ok:,}", "")),
-        Figure(Heading("Failed"), lambda group: (f"{group.failed:,}", "")),
-        Figure(Heading("Errors", "target"), lambda group: _rate(group.error_rate)),
-        *_score_figures(groups),
-        Figure(Heading("Oracle", "agrees"), lambda group: _rate(group.oracle_agreement)),
+        # First, so that a narrow screen shows it beside the name.
+        Figure(Heading("Errors", "of scored"), _errors),
         Figure(Heading("Valid failures", "oracle agrees"), _valid_failures),
+        Figure(Heading("Oracle", "agrees"), lambda group: _rate(group.oracle_agreement)),
+        Figure(Heading("Images"), lambda group: (f"{group.ok:,}", "")),
+        Figure(Heading("Attempted"), lambda group: (f"{group.attempted:,}", "")),
+        Figure(Heading("Failed"), lambda group: (f"{group.failed:,}", "")),
+        *_score_figures(groups),
         *(Figure(_transfer_heading(model), partial(_transfer, model)) for model in models),
     ]
 
@@ -122,6 +124,14 @@ def summary_cells(group: GroupSummary, figures: Sequence[Figure]) -> list[tuple[
 
 def _context(group: GroupSummary) -> str:
     return clip(group.context, MAX_NAME_CHARS) or "no context"
+
+
+def _errors(group: GroupSummary) -> tuple[str, str]:
+    """The share on which the target errs, and below it the numbers that it is of."""
+    if group.error_rate is None:
+        return ABSENT, ""
+    num_scored = group.ok + group.rejected
+    return percent(group.error_rate), f"{round(group.error_rate * num_scored):,} of {num_scored:,}"
 
 
 def _rate(value: float | None) -> tuple[str, str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.data.run.file_names import RESCORED_FROM
 from engine.data.run.manifest_reading import manifest_error
 from engine.data.run.notices import known_notices
 from engine.data.run.run_warnings import known_warnings
@@ -59,6 +60,8 @@ def _lead(manifest: dict[str, Any], rows: Rows) -> str:
         f"{many(len(rows.request.names), 'request')} and {many(shards['committed'], 'shard')}, all synthetic, "
         f"scored against {manifest['job']['models']['target']}."
     )
+    if RESCORED_FROM in manifest:
+        text += f" New scores of the images that were made for {_first_target(manifest)}."
     if "finished" in manifest["timing"]:
         text += f" Finished {_moment(manifest['timing']['finished'])}."
     if manifest["complete"]:
@@ -66,18 +69,43 @@ def _lead(manifest: dict[str, Any], rows: Rows) -> str:
     return f"{text} Not complete: {shards['committed']:,} of {shards['planned']:,} shards were there at the time."
 
 
-def _figures(manifest: dict[str, Any], rows: Rows) -> list[dict[str, str]]:
+def _first_target(manifest: dict[str, Any]) -> str:
+    """The target of the run that was scored again."""
+    origin = manifest[RESCORED_FROM]
+    target = origin.get("target") if isinstance(origin, dict) else None
+    return str(target["address"]) if target else "another target"
+
+
+def _figures(manifest: dict[str, Any], rows: Rows) -> list[dict[str, Any]]:
+    """The figures at the top: counts, and the rates of prompt-only and of guided samples, which are never pooled."""
     samples = manifest["counts"]["samples"]
     has_oracle = rows.scored & (rows.numbers["oracle_class"] != NO_CLASS)
-    valid = rows.oracle_agrees & rows.target_errs
-    cells = [
-        ("Images", f"{samples['ok']:,}", f"of {many(samples['attempted'], 'attempt')}{_kept(samples)}"),
-        ("Failed", f"{samples['failed']:,}", "attempts without an image"),
-        ("Target errors", _share(rows.target_errs, rows.scored), "predicts no class that was asked for"),
-        ("Oracle agrees", _share(rows.oracle_agrees, has_oracle), "predicts a class that was asked for"),
-        ("Valid failures", _share(valid, has_oracle), "the target errs, the oracle agrees"),
+    valid, strict = rows.oracle_agrees & rows.target_errs, (rows.label_valid > 0) & rows.target_errs
+    rates = [
+        ("Target errors", rows.target_errs, rows.scored, "predicts no class that was asked for"),
+        ("Oracle agrees", rows.oracle_agrees, has_oracle, "predicts a class that was asked for"),
+        ("Valid failures", valid, has_oracle, "the target errs, the oracle agrees"),
     ]
-    return [{"name": name, "value": value, "note": note} for name, value, note in cells]
+    if (is_known := rows.scored & (rows.label_valid >= 0)).any():
+        rates.append(("Strictly valid failures", strict, is_known, "the target errs, the label is strictly valid"))
+    return [
+        _figure("Images", f"{samples['ok']:,}", f"of {many(samples['attempted'], 'attempt')}{_kept(samples)}"),
+        _figure("Failed", f"{samples['failed']:,}", "attempts without an image"),
+        *({"name": name, "rates": _rates(rows, flags, among), "note": note} for name, flags, among, note in rates),
+    ]
+
+
+def _figure(name: str, value: str, note: str) -> dict[str, Any]:
+    return {"name": name, "rates": [(value, "")], "note": note}
+
+
+def _rates(rows: Rows, flags: np.ndarray, among: np.ndarray) -> list[tuple[str, str]]:
+    """The share of flags among prompt-only samples and among guided ones, each with its name where there are both."""
+    guided = np.array(rows.guided, dtype=bool)[rows.request.codes]
+    kinds = [(kind, among & which) for kind, which in (("prompt only", ~guided), ("guided", guided)) if which.any()]
+    if len(kinds) < 2:
+        return [(_share(flags, among), "")]
+    return [(_share(flags, which), kind) for kind, which in kinds]
 
 
 def _kept(samples: dict[str, int]) -> str:

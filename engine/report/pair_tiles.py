@@ -17,11 +17,12 @@ from PIL import Image
 
 from engine.data.images.decode import UnusableImageError, decode_sample
 from engine.data.run.outcomes import asked_classes
-from engine.job.columns import BY_NAME, NO_CLASS
+from engine.job.columns import BY_NAME, GUIDES
 from engine.job.records import STARTS, TWINS
 from engine.methods.registry import find_method
 from engine.report.data import name_of
 from engine.report.gallery import TINY_PIXELS, conditioned_name, data_uri
+from engine.report.oracle_answers import Answer, answers, validity_text
 from engine.report.text import clip, number
 
 # Of the budget of the gallery's images.
@@ -140,16 +141,24 @@ def _title(kind: str, record: dict[str, Any]) -> str:
 
 
 def _readings(kind: str, record: dict[str, Any], names: dict[int, str]) -> list[Reading]:
-    """What a person, the target and the oracle call an image."""
+    """What a person, the target and every oracle call an image."""
     asked = asked_classes(record)
     if kind == STARTS:
         return [Reading(clip(f"labelled {name_of(asked[0], names)}", 80) if len(asked) == 1 else "real image")]
-    of = {"": record["predicted_class" if kind == "sample" else "twin_predicted_class"]}
-    if kind == "sample" and record["oracle_class"] != NO_CLASS:
-        of["oracle: "] = record["oracle_class"]
-    return [
-        Reading(clip(f"{who}{name_of(index, names)}", 80), "✓" if index in asked else "✗") for who, index in of.items()
+    read = [("", record["predicted_class" if kind == "sample" else "twin_predicted_class"])]
+    if kind == "sample":
+        read += [(f"{_who(answer)}: ", answer.class_index) for answer in answers(record)]
+    readings = [
+        Reading(clip(f"{who}{name_of(index, names)}", 80), "✓" if index in asked else "✗") for who, index in read
     ]
+    text, is_valid = validity_text(record) if kind == "sample" else ("", False)
+    return [*readings, *([Reading(f"label {text}", "✓" if is_valid else "✗")] if text else [])]
+
+
+def _who(answer: Answer) -> str:
+    """An oracle by its short name, and whether it guided."""
+    name = answer.oracle if answer.oracle.startswith("oracle") else f"oracle {answer.oracle}".rstrip()
+    return f"{clip(name, 40)}{GUIDES if answer.guides else ''}"
 
 
 def _facts(record: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,6 @@ import numpy as np
 
 from engine.data.run.outcomes import predicts_asked
 from engine.data.run.twins_table import FoundTwins
-from engine.data.stores.base import Store
 from engine.job.columns import (
     ADVERSARIAL_PSNR_DB,
     BY_NAME,
@@ -26,7 +25,7 @@ from engine.job.records import STARTS, TWINS
 from engine.report.data import Rows
 from engine.report.headline import Heading, Line, Table
 from engine.report.pair_tiles import SORTS, PairTile, first_gain
-from engine.report.stored_images import find_images
+from engine.report.stored_images import ImageShards
 from engine.report.text import ABSENT, clip, many, number, percent
 
 if TYPE_CHECKING:
@@ -167,9 +166,9 @@ def pair_section(columns: PairColumns, manifest: Mapping[str, Any], found: Found
     if not verdicts:
         return None
     headings = [
-        Heading("Request"), Heading("Pairs"), Heading("PSNR to the twin", "in dB; median, quartiles"),
+        Heading("Request"), Heading("Errors", "of the target"), Heading("Valid failures"), Heading("Oracle agrees"),
+        Heading("Pairs"), Heading("PSNR to the twin", "in dB; median, quartiles"),
         Heading("Distance to the twin", "median"), Heading("Distance to the start", "median"),
-        Heading("Errors", "of the target"), Heading("Oracle agrees"), Heading("Valid failures"),
         Heading("Risk", "in nats; median"),
     ]  # fmt: skip
     return PairSection(
@@ -246,13 +245,13 @@ def _line(columns: PairColumns, request: str, here: np.ndarray, word: str) -> Li
     spread = [f"{value:.1f}" for value in np.quantile(psnr, [0.25, 0.5, 0.75])] if len(psnr) else []
     judged = compared & columns.has_oracle
     cells = [
+        (_share(rows.target_errs[compared]), _of_twins(_share(columns.twin_errs(compared)))),
+        (_share((rows.oracle_agrees & rows.target_errs)[judged]), ""),
+        (_share(rows.oracle_agrees[judged]), ""),
         (f"{int(here.sum()):,}", ""),
         (spread[1], f"{spread[0]} to {spread[2]}") if spread else (ABSENT, ""),
         (_median(columns.measured("twin_distance", here)), ""),
         (_median(columns.measured("start_distance", here)), ""),
-        (_share(rows.target_errs[compared]), _of_twins(_share(columns.twin_errs(compared)))),
-        (_share(rows.oracle_agrees[judged]), ""),
-        (_share((rows.oracle_agrees & rows.target_errs)[judged]), ""),
         (_median(columns.measured("risk", compared)), _of_twins(_median(columns.measured("twin_risk", compared)))),
     ]
     return Line(clip(request, 120), word, False, cells)
@@ -310,7 +309,7 @@ def choose_pairs(columns: PairColumns, shown: Sequence[int], limit: int = MAX_PA
 
 
 def find_others(
-    store: Store, job_name: str, columns: PairColumns, records: Mapping[int, dict[str, Any]]
+    shards: ImageShards, columns: PairColumns, records: Mapping[int, dict[str, Any]]
 ) -> dict[str, Mapping[str, bytes]]:
     """Image files of starts and twins by the keys of their samples, under `STARTS` and `TWINS`.
 
@@ -318,10 +317,10 @@ def find_others(
         records: metadata of the samples by row number, with the twins that were found.
     """
     keys = {row: record["key"] for row, record in records.items()}
-    twins = find_images(store, job_name, keys, TWINS)
+    twins = shards.find(keys, TWINS)
     # The twin that an evaluation found is another sample; one of its own has the key of its sample.
     others = {record["key"]: str(record.get("twin_key", "")) for record in records.values()}
     others = {key: other for key, other in others.items() if other not in ("", key)}
-    samples = find_images(store, job_name, columns.rows_of(set(others.values())))
+    samples = shards.find(columns.rows_of(set(others.values())))
     found = {key: samples[other] for key, other in others.items() if other in samples}
-    return {STARTS: find_images(store, job_name, keys, STARTS), TWINS: {key: twins[key] for key in twins} | found}
+    return {STARTS: shards.find(keys, STARTS), TWINS: {key: twins[key] for key in twins} | found}

@@ -10,7 +10,7 @@ import base64
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,10 @@ from markupsafe import Markup
 
 from engine.data.reading.people.card import update_card
 from engine.data.reading.people.review import NO_PEOPLE, People, read_people
+from engine.data.run.comparison import Comparison, read_pinned
 from engine.data.run.file_names import METADATA, REPORT, RESCORED_FROM
 from engine.data.run.manifest_reading import check_is_run, manifest_error, read_manifest
+from engine.data.run.origin import find_origin
 from engine.data.run.summary import shown_scores, summarise_table
 from engine.data.run.twins_table import FoundTwins, read_twins, with_twins
 from engine.data.stores.base import Store
@@ -36,7 +38,7 @@ from engine.job.columns import (
     target_first,
     units_text,
 )
-from engine.models.factories import is_factory
+from engine.models.factory_folders import runs_code
 from engine.models.labels import read_labels
 from engine.report.charts import histogram
 from engine.report.data import (
@@ -49,12 +51,14 @@ from engine.report.data import (
     open_metadata,
     read_samples,
     read_table,
+    samples_apart,
 )
 from engine.report.evaluated import evaluation_context
 from engine.report.evaluation import Evaluation, read_evaluation
 from engine.report.gallery import (
     IMAGE_BUDGET_BYTES,
     MAX_SAMPLES,
+    NO_CONTEXT,
     OUTCOMES,
     Tile,
     gallery_json,
@@ -66,11 +70,13 @@ from engine.report.gallery import (
 )
 from engine.report.headline import request_totals, summary_table
 from engine.report.manifest_parts import manifest_context
+from engine.report.nights import SECTION_BUDGET_BYTES, SECTION_SAMPLES, nights_context
+from engine.report.oracle_answers import independent
 from engine.report.pair_tiles import MAX_GAIN_POWER, PAIRS_BUDGET_BYTES, make_pairs
 from engine.report.pairs import PairColumns, PairSection, choose_pairs, find_others, pair_section, with_tiles
 from engine.report.people import people_context
 from engine.report.scatter import SHAPES, num_drawn, scatter
-from engine.report.stored_images import find_images
+from engine.report.stored_images import ImageShards, scored_shards
 from engine.report.text import clip, many
 from engine.report.work import class_table, gradient_table, throughput_table
 
@@ -107,13 +113,16 @@ _NEEDED: dict[str, type] = {
 
 def write_report(
     store: Store, *, title: str | None = None, labels: list[str] | None = None, into: Store | None = None
-) -> None:
+) -> str:
     """Write `report.html` of a run whose manifest and metadata are written, with evaluation and people's answers.
 
     Args:
         title: heading of the page; the job's name when not given.
         labels: the target's class names; looked up from the manifest's address of the target when not given.
         into: where the report goes and the evaluation comes from; the run itself when not given.
+
+    Returns:
+        Why no image can be shown, of a rescored folder whose run is gone; empty otherwise.
 
     Raises:
         OutputError: the run has no manifest or metadata yet, or the store refuses.
@@ -125,8 +134,8 @@ def write_report(
     manifest = _read_manifest(store)
     if not store.exists(METADATA):
         raise OutputError(f"output {store.uri}: has no {METADATA}; finish the run first (`riskforge run`)")
-    evaluation, found, problems = None, None, list[str]()
-    # The end of a run must not depend on the figures of an earlier evaluation.
+    evaluation, found, pinned, problems = None, None, None, list[str]()
+    # The end of a run must not depend on the figures of an earlier evaluation or comparison.
     try:
         evaluation = read_evaluation(into or store)
     except CorruptShardError as error:
@@ -135,13 +144,24 @@ def write_report(
         found = read_twins(into or store, manifest["plan_digest"])
     except CorruptShardError as error:
         problems.append(str(error))
+    pinned_problem = ""
+    try:
+        pinned = read_pinned(store)
+    except CorruptShardError as error:
+        pinned_problem = str(error)
     labels = _labels(manifest) if labels is None else labels
-    people = read_people(store, is_rescoring=RESCORED_FROM in manifest)
+    _, lost = find_origin(store, manifest)
+    # Answers are those of the run, which is reported once.
+    people = NO_PEOPLE if lost else read_people(store, is_rescoring=RESCORED_FROM in manifest)
     with _readable(store.address(METADATA)):
-        page = render(store, manifest, title or manifest["name"], labels, evaluation, " ".join(problems), found, people)
+        page = render(
+            store, manifest, title or manifest["name"], labels, evaluation, " ".join(problems), found, people,
+            pinned=pinned, pinned_problem=pinned_problem,
+        )  # fmt: skip
     (into or store).replace(REPORT, page)
     if into in (None, store) and (people.results or not people.problems):
         update_card(store, people.results)
+    return lost
 
 
 def _read_manifest(store: Store) -> dict[str, Any]:
@@ -187,6 +207,9 @@ def render(
     problem: str = "",
     found: FoundTwins | None = None,
     people: People = NO_PEOPLE,
+    *,
+    pinned: Comparison | None = None,
+    pinned_problem: str = "",
 ) -> bytes:
     """The page; its gallery is halved until the page is below 10 MB.
 
@@ -194,6 +217,8 @@ def render(
         problem: why there is no evaluation, where there should be one.
         found: twins that it found.
         people: what people say of the images.
+        pinned: how the run differs from its baseline.
+        pinned_problem: why that is not known, where it should be.
     """
     path = store.fetch(METADATA, keep=True)
     table, metadata = with_twins(read_table(path), found), open_metadata(path)
@@ -207,6 +232,8 @@ def render(
         **_distributions(rows),
         "evaluation": evaluation_context(evaluation, len(rows)),
         "evaluation_problem": problem,
+        "tonight": None if pinned is None else _tonight(pinned, rows),
+        "tonight_problem": pinned_problem,
         "people": people_context(people.results),
         "people_problems": people.problems,
         "adversarial_psnr": f"{ADVERSARIAL_PSNR_DB:g}",
@@ -215,14 +242,31 @@ def render(
         "style": page_style(),
         **_script(),
     }
+    images, problem = _image_shards(store, manifest)
+    context["image_problem"] = problem
     template, section = _environment().get_template("report.html.j2"), pair_section(pairs, manifest, found)
-    limit = MAX_SAMPLES
-    while True:
-        gallery = _gallery(store, manifest["name"], metadata, pairs, names, limit, section)
-        page = template.render(context | gallery).encode()
-        if len(page) <= MAX_BYTES or not limit:
-            return page
-        limit //= 2
+    return _fitting(
+        lambda limit: template.render(context | _gallery(images, metadata, pairs, names, limit, section)), MAX_SAMPLES
+    )
+
+
+def _image_shards(store: Store, manifest: dict[str, Any]) -> tuple[ImageShards, str]:
+    """Where the images of the rows are, of a rescored folder those of its run, and why they are nowhere."""
+    run, problem = find_origin(store, manifest)
+    own = RESCORED_FROM not in manifest
+    return ImageShards(run, manifest["name"], None if own else scored_shards(store) or None), problem
+
+
+def _tonight(pinned: Comparison, rows: Rows) -> dict[str, Any]:
+    """The comparison with the baseline; it says where the run has grown since."""
+    context = nights_context(pinned, limit=SECTION_SAMPLES, budget_bytes=SECTION_BUDGET_BYTES)
+    num_scored, stale = int(rows.scored.sum()), ""
+    if num_scored != pinned.new.num_samples:
+        stale = (
+            f"The comparison is of {pinned.new.num_samples:,} scored samples, and the run has {num_scored:,} now."
+            f" `riskforge compare RUN --baseline {pinned.baseline}` compares again."
+        )
+    return context | {"stale": stale}
 
 
 def _tables(table: pa.Table, metadata: Dataset, rows: Rows, names: dict[int, str]) -> dict[str, Any]:
@@ -233,9 +277,8 @@ def _tables(table: pa.Table, metadata: Dataset, rows: Rows, names: dict[int, str
         "min_p_valid": MIN_P_VALID,
         "min_oracle_p_label": MIN_ORACLE_P_LABEL,
         "units": units_text(target_first(by_rank(shown_scores(totals))), is_full=False),
-        "classes": class_table(table),
-        "confusion": _confusion(rows, names),
-        "pairs": error_pairs(rows, names),
+        "classes": class_table(table, rows, totals, names),
+        "errors": _errors(rows, names),
         "failures": [(clip(message, MAX_MESSAGE_CHARS), count) for message, count in failures(metadata)],
         "gradients": gradient_table(rows),
         "throughput": throughput_table(rows),
@@ -245,6 +288,25 @@ def _tables(table: pa.Table, metadata: Dataset, rows: Rows, names: dict[int, str
 def page_style() -> Markup:
     """The style sheet of all pages."""
     return Markup((_HERE / "report.css").read_text(encoding="utf-8"))
+
+
+def comparison_page(comparison: Comparison, limit: int) -> bytes:
+    """The page of two runs that were compared; its images are halved in number until it is below 10 MB.
+
+    Args:
+        limit: samples of each kind that are shown.
+    """
+    template, style = _environment().get_template("comparison.html.j2"), page_style()
+    return _fitting(lambda limit: template.render(tonight=nights_context(comparison, limit=limit), style=style), limit)
+
+
+def _fitting(render: Callable[[int], str], limit: int) -> bytes:
+    """A page below 10 MB: what it shows is halved until it is."""
+    while True:
+        page = render(limit).encode()
+        if len(page) <= MAX_BYTES or not limit:
+            return page
+        limit //= 2
 
 
 def _environment() -> Environment:
@@ -268,7 +330,7 @@ def _labels(manifest: dict[str, Any]) -> list[str]:
         return noted
     address = manifest["job"]["models"]["target"]
     try:
-        return [] if is_factory(address) else read_labels(address) or []
+        return [] if runs_code(address) else read_labels(address) or []
     except JobError:
         return []
 
@@ -302,9 +364,18 @@ def _distributions(rows: Rows) -> dict[str, Any]:
     return {"series": series, "charts": charts}
 
 
-def _confusion(rows: Rows, names: dict[int, str]) -> dict[str, Any] | None:
+def _errors(rows: Rows, names: dict[int, str]) -> list[dict[str, Any]]:
+    """Where the errors of samples go that may be pooled, prompt-only ones first: a confusion table, or pairs."""
+    return [
+        {"title": clip(title, 120), "confusion": _confusion(rows, names, here), "pairs": error_pairs(rows, names, here)}
+        for title, here in samples_apart(rows)
+        if (rows.scored & here).any()
+    ]
+
+
+def _confusion(rows: Rows, names: dict[int, str], among: np.ndarray) -> dict[str, Any] | None:
     """The confusion table with the style of each cell: the shade is its share of the row."""
-    table = confusion(rows, names)
+    table = confusion(rows, names, among)
     if table is None:
         return None
     lines = []
@@ -322,8 +393,7 @@ def _cell_style(share: float, is_own: bool) -> str:
 
 
 def _gallery(
-    store: Store,
-    job_name: str,
+    shards: ImageShards,
     metadata: Dataset,
     pairs: PairColumns,
     names: dict[int, str],
@@ -335,11 +405,11 @@ def _gallery(
     chosen = select(rows, limit) if limit and len(rows) else []
     records = [record | pairs.of_twin(row) for row, record in zip(chosen, read_samples(metadata, chosen), strict=True)]
     keys = {row: record["key"] for row, record in zip(chosen, records, strict=True)}
-    images = find_images(store, job_name, keys)
+    images = shards.find(keys)
     if section is not None:
         in_pairs = set(choose_pairs(pairs, [row for row in chosen if keys[row] in images]))
         shown = {row: record for row, record in zip(chosen, records, strict=True) if row in in_pairs}
-        duos = make_pairs(list(shown.values()), images, find_others(store, job_name, pairs, shown), names)
+        duos = make_pairs(list(shown.values()), images, find_others(shards, pairs, shown), names)
         section = with_tiles(section, duos, len(in_pairs), int(pairs.has_any.sum()))
     budget = (IMAGE_BUDGET_BYTES - (PAIRS_BUDGET_BYTES if section else 0)) // max(len(chosen), 1)
     tiles = [make_tile(record, images.get(record["key"], b""), names, budget) for record in records]
@@ -351,7 +421,7 @@ def _gallery(
             "its main score (KLDB with a joint prompt, risk otherwise), and its extremes. Open one for its metadata; "
             "the arrow keys step through."
         ),
-        "selects": _selects(tiles),
+        "selects": _selects(tiles, names),
         "ranges": list(range_titles([tile.record for tile in tiles]).items()),
         "shapes": SHAPES,
         "scatter": scatter(rows, _series_of(rows), _series(rows)[1], keys),
@@ -375,16 +445,36 @@ def _scatter_note(rows: Rows, shown: dict[int, str]) -> str:
     )
 
 
-def _selects(tiles: list[Tile]) -> list[dict[str, Any]]:
-    def distinct(texts: list[str]) -> list[tuple[str, str]]:
-        return [(text, text) for text in dict.fromkeys(texts)]
+def _selects(tiles: list[Tile], names: dict[int, str]) -> list[dict[str, Any]]:
+    """The filters of the gallery with their choices, classes in the order of labels; those without any are left out."""
+    records = [tile.record for tile in tiles]
+    place = {clip(name, 60): number for number, name in enumerate(names.values())}
 
+    def distinct(texts: Iterable[str]) -> list[tuple[str, str]]:
+        return [(text, text) for text in dict.fromkeys(texts) if text]
+
+    def classes(texts: Iterable[str]) -> list[tuple[str, str]]:
+        return distinct(sorted(texts, key=lambda text: (place.get(text, len(place)), text)))
+
+    asked = sorted(tiles, key=lambda tile: (len(tile.classes) != 1, tile.classes))
     outcomes = {name for tile in tiles for name in tile.outcomes}
+    contexts = distinct(tile.context or NO_CONTEXT for tile in tiles)
     choices = [
-        ("sort", "Sort by", "Request", list(sort_titles([tile.record for tile in tiles]).items())),
-        ("request", "Request", "All", distinct([tile.record["request"] for tile in tiles])),
-        ("class", "Class", "All", distinct(sorted(tile.conditioned for tile in tiles))),
-        ("status", "Status", "All", distinct([tile.record["status"] for tile in tiles])),
+        ("sort", "Sort by", "Request", list(sort_titles(records).items())),
+        ("request", "Request", "All", distinct(record["request"] for record in records)),
+        ("class", "Class", "All", distinct(tile.conditioned for tile in asked)),
+        ("context", "Context", "All", contexts if any(tile.context for tile in tiles) else []),
+        ("target", "Target predicts", "All", classes(tile.predicted for tile in tiles)),
+        ("oracle", _oracle_title(records), "All", classes(tile.oracle for tile in tiles)),
         ("outcome", "Outcome", "All", [(name, text) for name, text in OUTCOMES.items() if name in outcomes]),
+        ("status", "Status", "All", distinct(record["status"] for record in records)),
     ]
-    return [{"name": name, "title": title, "all": every, "options": options} for name, title, every, options in choices]
+    return [
+        {"name": name, "title": title, "all": every, "options": options}
+        for name, title, every, options in choices
+        if options
+    ]
+
+
+def _oracle_title(records: list[dict[str, Any]]) -> str:
+    return "Oracles predict" if any(len(independent(record)) > 1 for record in records) else "Oracle predicts"

@@ -132,7 +132,7 @@
   const samples = data.samples;
   const tiles = [...grid.querySelectorAll(".tile")];
   const headings = [...grid.querySelectorAll("h3")];
-  const filters = ["request", "class", "status", "outcome"];
+  const filters = ["request", "class", "context", "target", "oracle", "outcome", "status"].filter((name) => byId(`by-${name}`));
   const bounds = [...document.querySelectorAll(".ranges input")];
   const ranges = [...new Set(bounds.map((input) => input.id.slice(4)))];
   const places = new Map(samples.map((sample, number) => [sample.key, number]));

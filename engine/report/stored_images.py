@@ -6,6 +6,8 @@ import bisect
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from engine.data.run.commits import list_commits
 from engine.data.run.shards import IMAGE_FORMATS, SHARDS, shard_name, tar_entries
@@ -33,15 +35,46 @@ class StoredImages(Mapping[str, bytes]):
         return key in self._places
 
 
-def find_images(store: Store, job_name: str, keys: dict[int, str], folder: str = SHARDS) -> StoredImages:
+@dataclass(frozen=True, slots=True)
+class ImageShards:
+    """Where the image files of rows are.
+
+    Attributes:
+        store: the run that has the tars; None where there is none any more.
+        job_name: after which they are called.
+        numbers: of the shards that the rows are of; None for all that are committed.
+    """
+
+    store: Store | None
+    job_name: str
+    numbers: frozenset[int] | None = None
+
+    def find(self, keys: dict[int, str], folder: str = SHARDS) -> StoredImages:
+        """As `find_images`; nothing where there is no run."""
+        if self.store is None:
+            return StoredImages(TarReader(()), {})
+        return find_images(self.store, self.job_name, keys, folder, self.numbers)
+
+
+def scored_shards(store: Store) -> frozenset[int]:
+    """Numbers of the shards whose rows a rescored folder has; the run may have grown since."""
+    stems = (PurePosixPath(name).stem for name in store.list(SHARDS) if name.endswith(".parquet"))
+    numbers = (stem.rsplit("-", 1)[-1] for stem in stems)
+    return frozenset(int(number) for number in numbers if number.isdecimal())
+
+
+def find_images(
+    store: Store, job_name: str, keys: dict[int, str], folder: str = SHARDS, shards: frozenset[int] | None = None
+) -> StoredImages:
     """Image files by key; a sample whose image is not found is left out.
 
     Args:
         keys: key of each wanted sample by its row number in the metadata, which holds the shards in their order.
         folder: of the tars; that of starts or twins for the second images of samples, which have their keys.
+        shards: numbers of those that the metadata holds; None for all.
     """
     commits = list_commits(store)
-    numbers = sorted(commits)
+    numbers = sorted(number for number in commits if shards is None or number in shards)
     ends = list(itertools.accumulate(commits[number].counts.attempted for number in numbers))
     wanted: dict[int, set[str]] = defaultdict(set)
     for row, key in keys.items():

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.data.run.counts import JOINT_KEY
-from engine.data.run.summary import class_texts, summarise_table
+from engine.data.run.summary import GroupSummary, summarise_table
 from engine.job.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED
-from engine.report.data import Rows
+from engine.report.data import Rows, name_of, subset_name
 from engine.report.headline import Heading, Line, Table, summary_cells, summary_figures
 from engine.report.text import ABSENT, clip, number, percent
 
@@ -20,27 +19,58 @@ MAX_LINES = 150
 MAX_WORKERS = 40
 
 
-def class_table(table: pa.Table) -> Table | None:
-    """The summary of every class over all requests; a joint prompt is a class of its own. None of a single class."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
+def class_table(table: pa.Table, rows: Rows, totals: list[GroupSummary], names: dict[int, str]) -> Table | None:
+    """The summary of every class, request by request, prompt-only ones first; None where no request has several.
 
-    # The record of a joint sample names the class that it came closest to.
-    is_joint = pc.match_substring_regex(table["key"], JOINT_KEY)
-    joint = pc.binary_join_element_wise(pa.scalar("joint prompt of"), table["request"].cast(pa.string()), " ")
-    texts = pc.if_else(is_joint, joint, class_texts(table))
-    whole = pa.array([""] * table.num_rows, pa.string())
-    groups = summarise_table(_with(_with(_with(table, "request", texts), "context", whole), "method", whole))
-    if len(groups) < 2:
+    A joint prompt is a class of its own.
+
+    Args:
+        table: of the metadata.
+        rows: the same rows.
+        totals: per request (`request_totals`).
+        names: of the classes by index.
+    """
+    import pyarrow as pa
+
+    names_of, texts = _class_texts(rows, names)
+    if all(len(some) < 2 for some in names_of.values()):
         return None
-    worst = sorted(groups, key=lambda group: -(group.error_rate or 0.0))[:MAX_LINES]
-    figures = summary_figures(groups)
-    lines = [
-        Line(clip(group.request, 120), "", False, summary_cells(group, figures))
-        for group in sorted(worst, key=lambda group: groups.index(group))
-    ]
-    headings = [Heading("Class"), *(figure.heading for figure in figures)]
-    return Table(headings, lines, len(groups) - len(lines))
+    table = _with(_with(table, "context", texts), "method", pa.array([""] * len(rows), pa.string()))
+    groups = {(group.request, group.context): group for group in summarise_table(table)}
+    order = [rows.request.names[code] for code in rows.plain_first()]
+    listed = {name: [groups[name, text] for text in names_of[name]] for name in order}
+    parts = [group for some in listed.values() if len(some) > 1 for group in some]
+    worst = sorted(parts, key=lambda group: -(group.error_rate or 0.0))[: max(MAX_LINES - len(order), 0)]
+    kept, figures, lines = {id(group) for group in worst}, summary_figures(totals), list[Line]()
+    by_request = {total.request: total for total in totals}
+    for name in order[:MAX_LINES]:
+        shown = [group for group in listed[name] if id(group) in kept]
+        only = listed[name][0].context if len(listed[name]) == 1 else ""
+        note = ", ".join(filter(None, [by_request[name].method, only]))
+        lines.append(Line(clip(name, 120), clip(note, 120), True, summary_cells(by_request[name], figures)))
+        lines += [Line(clip(group.context, 120), "", False, summary_cells(group, figures)) for group in shown]
+    headings = [Heading("Request", "class"), *(figure.heading for figure in figures)]
+    return Table(headings, lines, len(order) + len(parts) - len(lines))
+
+
+def _class_texts(rows: Rows, names: dict[int, str]) -> tuple[dict[str, list[str]], pa.Array]:
+    """By request the names of its classes in the order of labels, and for each row that of its own.
+
+    The record of a joint sample names the class that it came closest to: its class is all of the subset.
+    """
+    import pyarrow as pa
+
+    names_of, texts = {}, np.empty(len(rows), dtype=object)
+    for code, request in enumerate(rows.request.names):
+        here = rows.request.codes == code
+        if subset := rows.subsets[code]:
+            names_of[request] = [subset_name(subset, names)]
+            texts[here] = names_of[request][0]
+        else:
+            indices, places = np.unique(rows.numbers["class_index"][here], return_inverse=True)
+            names_of[request] = [name_of(index, names) for index in indices.tolist()]
+            texts[here] = np.array(names_of[request], dtype=object)[places]
+    return names_of, pa.array(texts, pa.string())
 
 
 def _with(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
@@ -59,7 +89,8 @@ def acceptance_table(rows: Rows, quotas: dict[str, list[dict[str, Any]]]) -> Tab
     lines = []
     for code, name in enumerate(rows.request.names):
         here = rows.request.codes == code
-        classes = quotas.get(name, [])
+        # In the order of labels, as their codes are.
+        classes = sorted(quotas.get(name, []), key=lambda quota: str(quota["code"]))
         wanted, missing = (sum(int(quota[field]) for quota in classes) for field in ("wanted", "missing"))
         lines.append(Line(clip(name, 120), "", True, _acceptance(rows, here, wanted, missing, bool(classes))))
         for quota in classes:

@@ -23,7 +23,7 @@ from engine.job.spec import JobSpec, RequestSpec
 from engine.job.spec_messages import nearest
 from engine.models.calibration import noted_temperature
 from engine.models.digests import model_digest
-from engine.models.programs import is_program
+from engine.models.trainability import export_command, untrainable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,12 +86,12 @@ def check_target(run: StudiedRun) -> None:
         JobError: it is missing, has changed, or is of a kind that cannot be fine-tuned.
     """
     address = run.job.models.target
-    if is_program(address):
-        raise JobError(
-            f"RUN: its target '{address}' is a file or a factory, which fine-tuning cannot store as a model again; make"
-            " the run with a transformers or timm folder as target"
-        )
     try:
+        if problem := untrainable(address):
+            raise JobError(
+                f"'{address}' is {problem}, which cannot be fine-tuned; name a folder or a factory as target, or give"
+                f" the accepted samples to a training loop of your own: {export_command(run.store.uri)}"
+            )
         digest = model_digest(address)
     except JobError as error:
         raise JobError([f"RUN: its models.target: {problem}" for problem in error.problems]) from None

@@ -40,7 +40,7 @@ UNSTABLE_KEYS = {
     "disk_bytes": "covers the report, whose wording may change",
 }
 # Compared byte by byte.
-INDEXES = ("wids.json", "_info.json", "surplus.txt", "classes.json", "duplicates.csv")
+INDEXES = ("wids.json", "_info.json", "surplus.txt", "classes.json", "folders.json", "class_map.txt", "duplicates.csv")
 IMAGES = (".png", ".jpg", ".webp")
 # Of the state of a run only these: leases, locks and events depend on time.
 STATE, STATE_COMPARED = "_state", ("plan", "commits")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from engine.data.images.class_folders import ClassReader
+from engine.data.images.class_folders import ClassReader, context_folder
 from engine.data.images.decode import EXTENSIONS
 from engine.data.images.file_tree import Entry, list_files
 from engine.data.images.ignored import why_ignored
@@ -199,7 +199,10 @@ class _Folder:
         if not listings.listed and (problem := labelling.refuse_unknown(sorted(folders))):
             raise JobError(f"{self._option}: '{self._address}': {problem}")
         labelling.settle(listings.texts() if listings.listed else folders)
-        reader = ClassReader(self._root, home, labelling, listings)
+        has_contexts = bool(listings.contexts) or (
+            not listings.listed and any(context_folder(entry, home) for entry in files)
+        )
+        reader = ClassReader(self._root, home, labelling, listings, has_contexts)
         items = [partial(reader.read, entry) for entry in files]
         source = ImageSource(KIND, len(items), (partial(iter, items),), labelling=labelling)
         is_own_map = not listings.listed and (self._root / LABEL_MAP).is_file()

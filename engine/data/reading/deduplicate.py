@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence, Set
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -74,6 +75,48 @@ def near_duplicates(embeddings: np.ndarray, classes: Sequence[int], threshold: f
             for dropped, kept, similarity in _greedy(embeddings[rows], threshold)
         ]
     return sorted(duplicates)
+
+
+def replacements(
+    embeddings: np.ndarray,
+    classes: Sequence[int],
+    cells: Sequence[Hashable],
+    num_samples: int,
+    dropped: Set[int],
+    threshold: float,
+) -> list[int]:
+    """Spare samples that take the place of dropped ones: the first of each cell that resemble nothing that is kept.
+
+    Args:
+        embeddings: normalised [N, d], of the samples and then the spare ones, in the order in which they are taken.
+        classes: of all of them [N].
+        cells: of all of them [N], within which one takes the place of another.
+        num_samples: how many of them are samples, not spare.
+        dropped: numbers of the samples that go.
+        threshold: as for `near_duplicates`.
+
+    Returns:
+        Numbers of the spare ones that are taken, in their order.
+    """
+    missing, taken = Counter(cells[number] for number in dropped), list[int]()
+    stay: dict[int, list[int]] = {}
+    for number in range(num_samples):
+        if number not in dropped:
+            stay.setdefault(classes[number], []).append(number)
+    for number in range(num_samples, len(cells)):
+        others = stay.setdefault(classes[number], [])
+        if not missing[cells[number]] or (others and _largest(embeddings, number, others) >= threshold):
+            continue
+        missing[cells[number]] -= 1
+        taken.append(number)
+        others.append(number)
+    return taken
+
+
+def _largest(embeddings: np.ndarray, number: int, others: list[int]) -> float:
+    """The largest cosine of a sample to some others."""
+    chunks = (others[start : start + COLUMNS] for start in range(0, len(others), COLUMNS))
+    return max(float((embeddings[chunk] @ embeddings[number]).max()) for chunk in chunks)
 
 
 def _greedy(embeddings: np.ndarray, threshold: float) -> list[Duplicate]:

@@ -9,6 +9,7 @@ import contextlib
 import csv
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +25,17 @@ from engine.data.reading.export_options import (
     check_options,
     check_sources,
     only_clip,
+    spdx_licence,
 )
 from engine.data.reading.format_registry import FORMATS, ExportData, Written
 from engine.data.reading.formats import class_folders, numbered_folders
-from engine.data.reading.real_images import RealImages
+from engine.data.reading.origins import ORIGINS, distinct
+from engine.data.reading.real_images import RealImages, WantedReal
 from engine.data.reading.selected_pairs import SelectedPairs
-from engine.data.reading.selection import Chosen, SampleReader, select, shuffled
+from engine.data.reading.selection import Chosen, SampleReader, Selection, select, shuffled
+from engine.data.reading.selection_notices import selection_notices
 from engine.data.reading.source import RunSource
-from engine.data.run.file_names import CARD, CLASSES, EXPORT_KIND, MANIFEST, SUCCESS
+from engine.data.run.file_names import CARD, CLASS_MAP, CLASSES, EXPORT_KIND, FOLDER_LABELS, MANIFEST, SUCCESS
 from engine.data.run.manifest import software_versions
 from engine.data.run.shard_writing import record_json
 from engine.data.stores.file_errors import explained
@@ -41,7 +45,7 @@ from engine.errors import JobError
 from engine.job.class_names import distinct_names
 from engine.job.columns import SCHEMA_VERSION
 from engine.job.plan import TEMPERATURE
-from engine.job.records import STATUS_OK, STATUS_REJECTED, SampleResult
+from engine.job.records import REAL, STATUS_OK, STATUS_REJECTED, SampleResult
 from engine.models.calibration import CALIBRATION
 
 DUPLICATES = "duplicates.csv"
@@ -55,21 +59,27 @@ class Exported:
 
     Attributes:
         manifest: the content of manifest.json.
-        remarks: what the user should know, in words.
+        notices: what was told before work began: which keys change, which samples are taken once.
+        remarks: what else the user should know, in words.
     """
 
     path: Path
     manifest: dict[str, Any]
+    notices: tuple[str, ...]
     remarks: tuple[str, ...]
 
 
 def export(
-    uris: tuple[str, ...], options: ExportOptions, advance: Callable[[str], None] = lambda text: None
+    uris: tuple[str, ...],
+    options: ExportOptions,
+    advance: Callable[[str], None] = lambda text: None,
+    notify: Callable[[str], None] = lambda text: None,
 ) -> Exported:
     """Write the samples of some runs as a new data set.
 
     Args:
         advance: progress callback.
+        notify: is given each notice before anything is written.
 
     Raises:
         JobError: an option is wrong, the runs are incompatible, or nothing is selected.
@@ -79,32 +89,79 @@ def export(
     Side effects:
         Nothing is left behind when it raises or is interrupted.
     """
+    corpus, home = _opened(uris, options)
+    selection = select(corpus, spares_surplus=_spares_surplus(options))
+    notices = selection_notices(corpus, selection)
+    for notice in notices:
+        notify(notice)
+    with fresh_folder(home) as built:
+        manifest, remarks = _Export(corpus, selection, options, built, advance).write()
+    return Exported(path=home, manifest=manifest, notices=notices, remarks=remarks)
+
+
+def preview(uris: tuple[str, ...], options: ExportOptions) -> dict[str, Any]:
+    """What an export would take of each run, and its notices; nothing is written.
+
+    Duplicates and real images are not looked for.
+
+    Raises:
+        RiskforgeError: as `export`, as far as rows and files tell.
+    """
+    corpus, home = _opened(uris, options)
+    selection = select(corpus, spares_surplus=_spares_surplus(options))
+    taken = Counter(sample.run for sample in selection.samples)
+    runs = [
+        {
+            "uri": source.uri,
+            "name": source.name,
+            "num_taken": taken[number],
+            "num_identical": selection.identical[number],
+            "key_prefix": selection.prefixes.get(number, ""),
+        }
+        for number, source in enumerate(corpus.runs)
+    ]
+    notices = list(selection_notices(corpus, selection))
+    return {"output": str(home), "images": len(selection.samples), "runs": runs, "notices": notices}
+
+
+def _opened(uris: tuple[str, ...], options: ExportOptions) -> tuple[Corpus, Path]:
+    """The rows to choose from, and the folder of the output, checked."""
     check_options(options)
     corpus = open_run(*uris)
     home = check_export_output(options, corpus)
     check_sources(corpus, options)
     if options.condition:
         corpus = corpus.filter(options.condition, "--filter")
-    corpus = corpus.with_images(rejected=options.with_rejected, surplus=options.with_surplus)
-    corpus.check_any()
-    with fresh_folder(home) as built:
-        manifest, remarks = _Export(corpus, options, built, advance).write()
-    return Exported(path=home, manifest=manifest, remarks=remarks)
+    corpus.with_images(rejected=options.with_rejected, surplus=options.with_surplus).check_any()
+    surplus = options.with_surplus or _spares_surplus(options)
+    return corpus.with_images(rejected=options.with_rejected, surplus=surplus), home
+
+
+def _spares_surplus(options: ExportOptions) -> bool:
+    """Whether samples beyond their quota may take the place of near duplicates."""
+    return options.deduplicate is not None and not options.with_surplus
 
 
 class _Export:
     """One export: the selected samples, and its files."""
 
-    def __init__(self, corpus: Corpus, options: ExportOptions, built: Path, advance: Callable[[str], None]) -> None:
-        self._corpus, self._options, self._advance = corpus, options, advance
+    def __init__(
+        self,
+        corpus: Corpus,
+        selection: Selection,
+        options: ExportOptions,
+        built: Path,
+        advance: Callable[[str], None],
+    ) -> None:
+        self._corpus, self._selection, self._options, self._advance = corpus, selection, options, advance
         self._format = FORMATS[options.format]
         self._store = FolderStore(built)
-        self._selection = select(corpus)
         self._pairs = SelectedPairs(corpus, self._selection) if self._format.has_pairs else None
         self._reader = SampleReader(corpus, self._selection)
         self._labels = corpus.labels or _labels_of_rows(corpus)
         self._names = distinct_names(dict(enumerate(self._labels)))
-        check_classes(self._selection.samples, self._labels)
+        check_classes([*selection.samples, *selection.spare], self._labels)
+        self._origins = distinct(origin for source in corpus.runs for origin in source.origins)
         self._digest = hashlib.sha256()
         self._counts: dict[str, dict[str, dict[str, int]]] = {"requests": {}, "classes": {}}
         self._present: set[int] = set()
@@ -118,8 +175,9 @@ class _Export:
                 written = self._write_samples(kept, real, image_format)
                 manifest = self._manifest(kept, real, deduplication)
         store = self._store
-        store.replace(MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-        store.replace(CARD, export_card(manifest, written).encode())
+        store.replace(CLASSES, _json_file({str(index): label for index, label in enumerate(self._labels)}))
+        store.replace(MANIFEST, _json_file(manifest))
+        store.replace(CARD, export_card(manifest, written, self._labels, self._origins).encode())
         store.replace(SUCCESS, f"{manifest['digest']}\n".encode())
         store.remove_tree("_state")
         return manifest, tuple(self._remarks(deduplication, real))
@@ -140,18 +198,23 @@ class _Export:
         samples, threshold = self._selection.samples, self._options.deduplicate
         if threshold is None:
             return samples, {}
-        from engine.data.reading.deduplicate import embed, near_duplicates
+        from engine.data.reading.deduplication import deduplicate
 
         address = self._options.clip or only_clip(self._corpus)
-        embeddings = embed(self._reader.images(samples), address, self._advance)
-        duplicates = near_duplicates(embeddings, [sample.class_index for sample in samples], threshold)
+        done = deduplicate(self._corpus, self._selection, self._reader, self._names, threshold, address, self._advance)
         with explained(self._store.path(DUPLICATES)), self._store.path(DUPLICATES).open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["dropped", "kept", "similarity"])
-            writer.writerows((samples[a].key, samples[b].key, f"{similarity:.6f}") for a, b, similarity in duplicates)
-        dropped = {duplicate.dropped for duplicate in duplicates}
-        summary = {"threshold": threshold, "clip": address, "dropped": len(dropped), "list": DUPLICATES}
-        return [sample for number, sample in enumerate(samples) if number not in dropped], summary
+            writer.writerows(done.rows)
+        summary = {
+            "threshold": threshold,
+            "clip": address,
+            "dropped": done.num_dropped,
+            "topped_up": done.num_topped_up,
+            "list": DUPLICATES,
+            "cells": done.cells,
+        }
+        return done.kept, summary
 
     def _mixed(self, kept: list[Chosen], image_format: str) -> RealImages:
         """The real images to mix in; the samples may include real ones already."""
@@ -163,17 +226,30 @@ class _Export:
             raise JobError(
                 "--mix-real: the runs do not state their classes, so labels of real images cannot be matched"
             )
-        num_there = sum(sample.is_real for sample in kept)
+        real.draw(options.real, self._corpus.labels, self._wanted_real(kept), options.seed, self._advance)
+        if taken := {sample.key for sample in self._selection.samples} & set(real.keys):
+            raise JobError(f"--name: the key '{min(taken)}' is taken by a sample of the runs; choose another --name")
+        return real
+
+    def _wanted_real(self, kept: list[Chosen]) -> WantedReal:
+        """How many real images are missing, and of which classes they may be."""
+        options = self._options
+        there = Counter(sample.class_index for sample in kept if sample.is_real)
+        synthetic = frozenset(sample.class_index for sample in kept if not sample.is_real)
+        num_there = there.total()
         count = max(1, round((len(kept) - num_there) * options.real_ratio / (1 - options.real_ratio))) - num_there
-        if count < 1:
+        if count < 1 and options.real_per_class is None:
             raise JobError(
                 f"--real-ratio: {num_there} of the {len(kept)} samples are real images of an earlier export, a share of"
                 f" {options.real_ratio:g} or more; leave them out (--filter \"method != 'real'\"), or drop --mix-real"
             )
-        real.draw(options.real, self._corpus.labels, count, options.seed, self._advance)
-        if taken := {sample.key for sample in self._selection.samples} & set(real.keys):
-            raise JobError(f"--name: the key '{min(taken)}' is taken by a sample of the runs; choose another --name")
-        return real
+        is_any = options.real_classes == "all"
+        return WantedReal(
+            classes=frozenset(range(len(self._labels))) if is_any else synthetic or frozenset(there),
+            count=count,
+            per_class=options.real_per_class,
+            there=there,
+        )
 
     def _write_samples(self, kept: list[Chosen], real: RealImages, image_format: str) -> Written:
         options = self._options
@@ -225,8 +301,9 @@ class _Export:
             for file in self._pairs.images(record["key"]) if self._pairs else ():
                 self._digest.update(hashlib.sha256(file.data if file else b"").digest())
             for column, name in (("requests", record["request"]), ("classes", self._names[record["class_index"]])):
-                empty = {STATUS_OK: 0, STATUS_REJECTED: 0}
-                self._counts[column].setdefault(name, empty)[record["status"]] += 1
+                counts = self._counts[column].setdefault(name, {STATUS_OK: 0, STATUS_REJECTED: 0, REAL: 0})
+                counts[record["status"]] += 1
+                counts[REAL] += record["method"] == REAL
             self._advance(f"sample {number + 1} of {total}")
             yield result, extension
 
@@ -244,10 +321,13 @@ class _Export:
             "samples_per_shard": options.samples_per_shard,
             "with_rejected": options.with_rejected,
             "with_surplus": options.with_surplus,
+            "license": spdx_licence(options.license),
+            "authors": list(options.authors),
             # Known ones alone: names that rows happen to have would keep this data set from other ones.
             "labels": list(self._corpus.labels),
             "models": _common_models(self._corpus.runs),
             "sources": [self._source(number, kept) for number in range(len(self._corpus.runs))],
+            ORIGINS: [origin.document() for origin in self._origins],
             "deduplication": deduplication,
             "real": self._real(real) if options.real is not None else {},
             "versions": software_versions(),
@@ -259,7 +339,10 @@ class _Export:
         return {
             "address": self._options.real,
             "ratio": self._options.real_ratio,
-            "num_usable": real.num_usable,
+            "per_class": self._options.real_per_class or 0,
+            "classes": self._options.real_classes,
+            "num_usable": real.usable.total(),
+            "num_of_other_classes": real.num_of_other_classes,
             "num_unusable": len(real.unusable),
             "num_taken": len(real.keys),
         }
@@ -302,18 +385,20 @@ class _Export:
         for source in self._corpus.runs:
             if not source.is_finished:
                 yield f"{source.uri} is {source.state}"
-        for number, count in sorted(self._selection.identical.items()):
-            yield f"{self._corpus.runs[number].uri}: {count} samples are in an earlier run too, and were taken once"
-        for number, prefix in sorted(self._selection.prefixes.items()):
-            yield f"{self._corpus.runs[number].uri}: its keys were taken already, and begin with {prefix} now"
         if self._format.has_class_folders and not self._numbers_agree():
             yield (
                 "torchvision and timm number the class folders that exist in sorted order, which is not the label;"
-                f" take labels from {CLASSES}, as the code in {CARD} does"
+                f" take labels from {FOLDER_LABELS} or {CLASS_MAP}, as the code in {CARD} does"
             )
         if deduplication:
-            total = len(self._selection.samples)
-            yield f"{deduplication['dropped']} of {total} samples were near duplicates; {DUPLICATES} names them"
+            from engine.data.reading.deduplication import deduplication_lines
+
+            yield from deduplication_lines(deduplication, len(self._selection.samples))
+        if real.num_of_other_classes:
+            yield (
+                f"{real.num_of_other_classes} real images are of classes that no sample has, and were left out;"
+                " --real-classes all takes them"
+            )
         if real.unusable:
             yield f"{len(real.unusable)} real files could not be used: {some_of(real.unusable)}"
 
@@ -328,6 +413,10 @@ def _labels_of_rows(corpus: Corpus) -> tuple[str, ...]:
     table = Corpus(corpus.runs).to_table(["class_index", "class_name"])
     names = dict(zip(table["class_index"].to_pylist(), table["class_name"].to_pylist(), strict=True))
     return tuple(names.get(index, f"class {index}") for index in range(max(names) + 1))
+
+
+def _json_file(document: Any) -> bytes:
+    return (json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _common_models(runs: tuple[RunSource, ...]) -> dict[str, Any]:

@@ -14,9 +14,21 @@ from engine.data.run.shards import is_key
 from engine.data.stores.folder import FolderStore
 from engine.data.stores.opening import open_store, refuse_objects
 from engine.errors import CorruptShardError, JobError, OutputError
+from engine.job.spec_messages import nearest
 
 DEFAULT_NAME = "corpus"
 DEFAULT_REAL_RATIO = 0.5
+# Of which classes real images are taken.
+REAL_CLASSES = ("corpus", "all")
+MAX_REAL_PER_CLASS = 10**7
+# Of data and models, for hints.
+COMMON_LICENCES = (
+    "Apache-2.0", "BSD-3-Clause", "CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", "CC-BY-NC-4.0", "CC-BY-NC-SA-4.0",
+    "CDLA-Permissive-2.0", "GPL-3.0-only", "GPL-3.0-or-later", "MIT", "ODbL-1.0",
+)  # fmt: skip
+MAX_LICENCE_CHARS = 200
+MAX_AUTHORS = 100
+MAX_AUTHOR_CHARS = 200
 
 # Shard, real and class parts of a key come after the name.
 MAX_NAME_CHARS = 60
@@ -40,6 +52,10 @@ class ExportOptions:
         clip: address of the CLIP model for it; None for the runs' own.
         real: labelled images to mix in, as for `engine.data.images.open_images`.
         real_ratio: their share of the images of the new data set.
+        real_per_class: how many of each class the new data set has, in place of a share.
+        real_classes: `corpus` for those of the synthetic images, `all` for all of the target's.
+        license: SPDX identifier or expression of the new data set; empty where it is not known.
+        authors: of the new data set, for its card.
         allow_different_targets: whether scores of different targets may be mixed.
     """
 
@@ -56,6 +72,10 @@ class ExportOptions:
     clip: str | None = None
     real: str | None = None
     real_ratio: float = DEFAULT_REAL_RATIO
+    real_per_class: int | None = None
+    real_classes: str = REAL_CLASSES[0]
+    license: str = ""
+    authors: tuple[str, ...] = ()
     allow_different_targets: bool = False
 
 
@@ -80,14 +100,56 @@ def check_options(options: ExportOptions) -> None:
         problems.append("--clip: is for --deduplicate; give both, or leave it out")
     if not (math.isfinite(options.real_ratio) and 0 < options.real_ratio < 1):
         problems.append(f"--real-ratio: {options.real_ratio:g} is not between 0 and 1")
+    if options.real_per_class is not None and not 1 <= options.real_per_class <= MAX_REAL_PER_CLASS:
+        problems.append(f"--real-per-class: {options.real_per_class} is not between 1 and {MAX_REAL_PER_CLASS:,}")
+    if options.real_classes not in REAL_CLASSES:
+        problems.append(f"--real-classes: '{options.real_classes}' is not one of {', '.join(REAL_CLASSES)}")
+    problems += _author_problems(options.authors)
     if options.real is not None and options.format in FORMATS and FORMATS[options.format].has_pairs:
         problems.append(
             f"--mix-real: real images have no pair; leave it out, or choose another format than {options.format}"
         )
     if problems:
         raise JobError(problems)
+    spdx_licence(options.license)
     check_format(options.format)
     check_folders(options.folders)
+
+
+def _author_problems(authors: tuple[str, ...]) -> list[str]:
+    problems = [
+        f"--author: {author[:MAX_AUTHOR_CHARS]!r} is not a name of 1 to {MAX_AUTHOR_CHARS} printable characters"
+        for author in authors
+        if not (author.strip() and author.isprintable() and len(author) <= MAX_AUTHOR_CHARS)
+    ]
+    if len(authors) > MAX_AUTHORS:
+        problems.append(f"--author: there are {len(authors)}; give at most {MAX_AUTHORS}")
+    return problems
+
+
+def spdx_licence(text: str) -> str:
+    """A licence as SPDX writes it; empty stays empty.
+
+    Args:
+        text: an identifier such as `cc-by-4.0`, in capitals or not, or an expression such as `MIT OR Apache-2.0`.
+
+    Raises:
+        JobError: SPDX has no such licence; with those of similar names.
+    """
+    if not text:
+        return ""
+    from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+
+    try:
+        if len(text) > MAX_LICENCE_CHARS:
+            raise InvalidLicenseExpression
+        return str(canonicalize_license_expression(text))
+    except InvalidLicenseExpression:
+        similar = nearest(text, list(COMMON_LICENCES))
+        raise JobError(
+            f"--license: {text[:MAX_LICENCE_CHARS]!r} is not a licence of SPDX{similar}; give an identifier of"
+            " https://spdx.org/licenses, such as CC-BY-4.0, or LicenseRef-NAME for one of your own"
+        ) from None
 
 
 def check_export_output(options: ExportOptions, corpus: Corpus) -> Path:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from engine.data.reading.format_registry import ExportData, Written
 from engine.data.run.card_loading import FILES_LOADING, FOLDERS_LOADING, PAIRS_LOADING, merged_loading_section
 from engine.data.run.commits import CommitSummary
-from engine.data.run.file_names import CLASSES, METADATA
+from engine.data.run.file_names import CLASS_MAP, FOLDER_LABELS, METADATA
 from engine.data.run.metadata_table import write_metadata
 from engine.data.run.reader_indexes import IndexEntry, write_index_files
 from engine.data.run.schema import arrow_schema, tar_features
@@ -21,6 +21,7 @@ from engine.data.run.shards import SHARDS, shard_name
 from engine.data.stores.base import STATE
 from engine.data.stores.file_errors import explained
 from engine.errors import JobError
+from engine.job.class_names import label_names
 from engine.job.columns import RECORD_COLUMNS, SCHEMA_VERSION
 from engine.job.records import SampleResult
 
@@ -58,14 +59,15 @@ def write_webdataset(data: ExportData) -> Written:
     return Written(
         data_files=[f"{SHARDS}/*.tar"],
         loading=merged_loading_section(data.image_format, SCHEMA_VERSION),
-        features=tar_features(data.image_format, SCHEMA_VERSION),
+        features=tar_features(data.image_format, SCHEMA_VERSION, data.labels),
     )
 
 
 def write_imagefolder(data: ExportData) -> Written:
     """Write `CLASS/KEY.png` and `metadata.parquet`, as torchvision, timm and Hugging Face read a folder by class.
 
-    `classes.json` has the label of every folder: torchvision and timm number those that they find.
+    torchvision and timm number the folders that they find in an order of their own: `folders.json` has the label of
+    every one, and `class_map.txt` all of them in the order of labels, as timm's `class_map` takes it.
 
     A `metadata.csv` would do for Hugging Face too, but an empty text in it is read as a missing number.
     """
@@ -75,7 +77,8 @@ def write_imagefolder(data: ExportData) -> Written:
     root, folders = data.store.root, data.folders
     text = json.dumps({name: label for label, name in enumerate(folders)}, ensure_ascii=False, indent=1)
     with explained(root):
-        (root / CLASSES).write_text(text + "\n", encoding="utf-8")
+        (root / FOLDER_LABELS).write_text(text + "\n", encoding="utf-8")
+        (root / CLASS_MAP).write_text("".join(f"{name}\n" for name in folders), encoding="utf-8")
     schema = _schema([pa.field("file_name", pa.string())], {}, data.labels)
     with explained(root), pq.ParquetWriter(root / METADATA, schema, compression="zstd") as writer:
         while batch := list(islice(data.samples, ROWS_PER_GROUP)):
@@ -180,7 +183,7 @@ def _schema(first_fields: list[pa.Field], features: dict[str, Any], labels: Sequ
 
     schema = arrow_schema()
     others = [pa.field(column.name, _nullable(schema.field(column.name).type)) for column in RECORD_COLUMNS]
-    known = features | {"label": {"names": _unique(labels), "_type": "ClassLabel"}}
+    known = features | {"label": {"names": label_names(labels), "_type": "ClassLabel"}}
     metadata = {"huggingface": json.dumps({"info": {"features": known}})}
     return pa.schema([*first_fields, pa.field("label", pa.int64()), *others], metadata=metadata)
 
@@ -194,12 +197,6 @@ def _nullable(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_struct(kind):
         return pa.struct([pa.field(field.name, _nullable(field.type)) for field in kind])
     return kind
-
-
-def _unique(labels: Sequence[str]) -> list[str]:
-    """`datasets` wants names that differ; ImageNet has two classes called crane."""
-    counts = Counter(labels)
-    return [label if counts[label] == 1 else f"{label} ({index})" for index, label in enumerate(labels)]
 
 
 def _parquet_row(result: SampleResult, extension: str) -> dict[str, Any]:

@@ -233,10 +233,14 @@ def _counts(corpus: Corpus, column: str) -> dict[str, int]:
 
 
 def _class_counts(corpus: Corpus) -> dict[str, int]:
-    """Rows by class, in the order of the names."""
-    texts = class_texts(corpus.to_table(["class_name", "class_index"]))
-    counts = {str(pair["values"]): int(pair["counts"]) for pair in texts.value_counts().to_pylist()}
-    return dict(sorted(counts.items()))
+    """Rows by class, in the order of labels."""
+    table = corpus.to_table(["class_name", "class_index"])
+    table = table.append_column("class", class_texts(table))
+    rows = table.group_by(["class", "class_index"]).aggregate([([], "count_all")]).to_pylist()
+    counts = Counter[str]()
+    for row in sorted(rows, key=lambda row: (row["class_index"], row["class"])):
+        counts[row["class"]] += row["count_all"]
+    return dict(counts)
 
 
 def _first_image(corpus: Corpus) -> dict[str, Any]:

@@ -35,9 +35,11 @@ class SelectedPairs:
     def __init__(self, corpus: Corpus, selection: Selection) -> None:
         self._runs = list(pair_rows(corpus))
         keys = [corpus.run_table(number, ["key"])["key"].to_pylist() for number in range(len(corpus.runs))]
-        own = {sample.key: (sample.run, keys[sample.run][sample.row]) for sample in selection.samples}
+        samples = (*selection.samples, *selection.spare)
+        own = {sample.key: (sample.run, keys[sample.run][sample.row]) for sample in samples}
         self._places = {key: (run, name) for key, (run, name) in own.items() if name in self._runs[run]}
         selection.samples = [sample for sample in selection.samples if sample.key in self._places]
+        selection.spare = [sample for sample in selection.spare if sample.key in self._places]
         check_any(self._runs, len(selection.samples), len(corpus))
 
     def images(self, key: str) -> tuple[ImageFile | None, ImageFile | None]:

@@ -46,15 +46,22 @@ class Selection:
     Attributes:
         identical: samples left out because an earlier run has the same image under the same key.
         prefixes: by the number of a run, what was put before its keys as they were taken already.
+        clashes: by the number of such a run, how many of its keys were taken, and the first of these.
+        spare: samples beyond their quota, which may take the place of others; in the same order.
     """
 
     samples: list[Chosen] = field(default_factory=list)
     identical: Counter[int] = field(default_factory=Counter)
     prefixes: dict[int, str] = field(default_factory=dict)
+    clashes: dict[int, tuple[int, str]] = field(default_factory=dict)
+    spare: list[Chosen] = field(default_factory=list)
 
 
-def select(corpus: Corpus) -> Selection:
+def select(corpus: Corpus, *, spares_surplus: bool = False) -> Selection:
     """The samples of a corpus under keys that are unique.
+
+    Args:
+        spares_surplus: whether samples beyond their quota are spare ones, and no samples.
 
     Raises:
         JobError: a key that cannot be a file's name, or that is taken even with a prefix.
@@ -62,33 +69,47 @@ def select(corpus: Corpus) -> Selection:
     taken: dict[str, str] = {}
     # Samples of earlier runs by original key: a third run may share samples that the second had under taken keys.
     seen: set[tuple[str, str]] = set()
+    # Spare ones likewise, until a run has them as samples.
+    spare: dict[tuple[str, str], Chosen] = {}
     chosen = Selection()
     last = len(corpus.runs) - 1
     for number, source in enumerate(corpus.runs):
         columns = corpus.run_table(number, ["key", "sha256", "class_index"]).to_pydict()
-        methods = corpus.run_table(number, ["method"])["method"].to_pylist() if "method" in corpus.columns else []
-        is_taken = any(
-            taken.get(key, sha) != sha and (key, sha) not in seen
-            for key, sha in zip(columns["key"], columns["sha256"], strict=True)
-        )
-        prefix = f"r{number + 1}-" if is_taken else ""
+        pairs = list(zip(columns["key"], columns["sha256"], strict=True))
+        real = _flags(corpus, number, "method", REAL)
+        surplus = _flags(corpus, number, "surplus", True) if spares_surplus else [False] * len(pairs)
+        clashes = [key for key, sha in pairs if taken.get(key, sha) != sha and (key, sha) not in seen]
+        prefix = f"r{number + 1}-" if clashes else ""
         if prefix:
             chosen.prefixes[number] = prefix
+            chosen.clashes[number] = len(clashes), clashes[0]
         run_keys: dict[str, str] = {}
-        for row, (key, sha256, class_index) in enumerate(zip(*columns.values(), strict=True)):
-            if (key, sha256) in seen:
-                chosen.identical[number] += 1
+        for row, (pair, class_index) in enumerate(zip(pairs, columns["class_index"], strict=True)):
+            if pair in seen:
+                chosen.identical[number] += not surplus[row]
                 continue
-            name = prefix + key
-            _check_key(name, source.uri, is_taken=name in taken or name in run_keys)
-            run_keys[name] = sha256
-            is_real = bool(methods) and methods[row] == REAL
-            chosen.samples.append(Chosen(name, number, row, class_index, is_real))
+            name = prefix + pair[0]
+            _check_key(name, source.uri, is_taken=name in run_keys or (name in taken and pair not in spare))
+            run_keys[name] = pair[1]
+            sample = Chosen(name, number, row, class_index, real[row])
+            if surplus[row]:
+                spare.setdefault(pair, sample)
+            else:
+                spare.pop(pair, None)
+                chosen.samples.append(sample)
         # Of the last run nothing need be remembered, and there may be millions of rows.
         if number < last:
             taken |= run_keys
-            seen.update(zip(columns["key"], columns["sha256"], strict=True))
+            seen.update(pair for pair, is_spare in zip(pairs, surplus, strict=True) if not is_spare)
+    chosen.spare = list(spare.values())
     return chosen
+
+
+def _flags(corpus: Corpus, number: int, column: str, value: object) -> list[bool]:
+    """For each row of a run whether a column has a value; of a column that is not there it has none."""
+    if column not in corpus.columns:
+        return [False] * corpus.run_table(number, ["key"]).num_rows
+    return [entry == value for entry in corpus.run_table(number, [column])[column].to_pylist()]
 
 
 def _check_key(key: str, uri: str, *, is_taken: bool) -> None:
@@ -117,7 +138,7 @@ class SampleReader:
         self._tables = [_rows(corpus, number) for number in range(len(corpus.runs))]
         self._keys = [table["key"].to_pylist() for table in self._tables]
         wanted: list[list[str]] = [[] for _ in corpus.runs]
-        for sample in selection.samples:
+        for sample in (*selection.samples, *selection.spare):
             wanted[sample.run].append(self._keys[sample.run][sample.row])
         self._places = [
             index_tars(source.tars, keys) if keys else SamplePlaces(())

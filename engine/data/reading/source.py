@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.data.reading.origins import Origin, origin_of, origins_of
 from engine.data.run.commits import list_commits
 from engine.data.run.file_names import EXPORT_KIND, MANIFEST, METADATA, RESCORED_FROM, SUCCESS
 from engine.data.run.manifest_reading import read_manifest
+from engine.data.run.origin import origin_address
 from engine.data.run.schema import REQUIRED
 from engine.data.run.shards import SHARDS, file_digest, shard_name
 from engine.data.run.stored_plan import StoredRun, read_run, stored_plan
@@ -52,6 +54,7 @@ class RunSource:
         clips: addresses of the CLIP models that its conformity is of.
         digest: of the plan, or of the merged content; empty where it is not known.
         stores: its own, and that of the run which it was scored from.
+        origins: the runs that its samples come from: itself, or those that it was merged from.
     """
 
     uri: str
@@ -70,6 +73,7 @@ class RunSource:
     clips: frozenset[str]
     digest: str
     stores: tuple[Store, ...]
+    origins: tuple[Origin, ...]
 
     def schema(self) -> pa.Schema:
         """The columns of its rows.
@@ -120,6 +124,7 @@ def _open(uri: str, depth: int) -> RunSource:
     manifest = read_manifest(store) if store.exists(MANIFEST) else {}
     rows, shards, state = _rows(store, stored, uri)
     origin = _origin(store, manifest, depth)
+    is_export = manifest.get("kind") == EXPORT_KIND
     return RunSource(
         uri=uri,
         name=str(manifest.get("name") or (stored.job["name"] if stored else store.name)),
@@ -130,13 +135,14 @@ def _open(uri: str, depth: int) -> RunSource:
         tars=origin.tars if origin else shards,
         surplus=_surplus(store, rows) if stored and rows != _metadata_files(store) else None,
         is_rescored=origin is not None,
-        is_export=origin.is_export if origin else manifest.get("kind") == EXPORT_KIND,
+        is_export=origin.is_export if origin else is_export,
         labels=_labels(manifest, stored) or (origin.labels if origin else ()),
         models=_models(manifest),
         targets=_of_sources(manifest, "target", "digest") or _stored_target(stored),
         clips=_of_sources(manifest, "clip", "address") or (origin.clips if origin else _stored_clip(stored)),
         digest=str(manifest.get("plan_digest") or manifest.get("digest") or (stored.digest if stored else "")),
         stores=(store, *(origin.stores if origin else ())),
+        origins=origins_of(manifest) if is_export else (origin_of(uri, manifest, stored),),
     )
 
 
@@ -222,15 +228,13 @@ def _num_rows(files: tuple[StoredFile, ...]) -> int:
 
 def _origin(store: Store, manifest: dict[str, Any], depth: int) -> RunSource | None:
     """The run whose images a rescored folder is about."""
-    origin = manifest.get(RESCORED_FROM)
-    if origin is None:
+    address = origin_address(store, manifest)
+    if address is None:
         return None
-    address = origin.get("uri") if isinstance(origin, dict) else origin
-    if not isinstance(address, str) or depth >= _MAX_RESCORED:
+    if depth >= _MAX_RESCORED:
         raise JobError(f"RUN: {store.address(MANIFEST)}: {RESCORED_FROM} is not the address of a run ({address!r})")
     try:
-        # Without a scheme it is relative to this folder, so both can be moved together, or to the working directory.
-        return _open(store.absolute_address(address), depth + 1)
+        return _open(address, depth + 1)
     except (JobError, OutputError) as error:
         if depth or isinstance(error, StoreLostError):
             raise

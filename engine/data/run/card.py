@@ -16,7 +16,7 @@ from engine.data.run.curation_text import curation_facts
 from engine.data.run.file_names import SURPLUS_LIST
 from engine.data.run.run_warnings import known_warnings
 from engine.data.run.schema import arrow_schema, tar_features
-from engine.data.run.summary import GroupSummary, Spread, shown_entry_scores, shown_scores
+from engine.data.run.summary import GroupSummary, Spread, plain_first, shown_entry_scores, shown_scores
 from engine.job.columns import (
     BY_NAME,
     GUIDES,
@@ -29,7 +29,7 @@ from engine.job.columns import (
     units_text,
 )
 from engine.job.records import STARTS, TWINS
-from engine.job.spec import ConditioningSpec, JobSpec, RequestSpec
+from engine.job.spec import CLASS_TEMPLATE, ConditioningSpec, JobSpec, RequestSpec
 from engine.models.calibration import NOTED, model_notes
 from engine.models.licences import UNKNOWN
 
@@ -57,6 +57,7 @@ _COMPANION_TEXTS = {
     TWINS: "the unguided twin of a sample, from the same noise, prompt and start, with scores of its own",
 }
 MAX_SHORT = 8
+MAX_CONTEXTS = 30
 # Of the description of a model, what is not listed as it is.
 _APART = ("labels", *NOTED)
 
@@ -73,7 +74,7 @@ def dataset_card(job: JobSpec, manifest: dict[str, Any], groups: list[GroupSumma
         f"# {job.name}",
         _origin(job, manifest),
         _models(manifest["models"]),
-        _requests(job, manifest["counts"]),
+        "\n".join(["## How it was made", "", *request_lines(job, manifest["counts"])]),
         *_curation(manifest),
         _table(groups),
         loading_section(job.output.image_format, manifest["schema_version"]),
@@ -98,9 +99,14 @@ def _header(job: JobSpec, manifest: dict[str, Any], data_files: list[str]) -> st
         "tags": ["synthetic", "riskforge", "webdataset", "hard-examples", *methods],
         "size_categories": [size_category(_num_stored(job, manifest["counts"]["samples"]))],
         "configs": [card_config(data_files, f"{manifest['plan_digest']} {manifest['counts']['samples']}")],
-        "dataset_info": {"features": tar_features(job.output.image_format, manifest["schema_version"])},
+        "dataset_info": {"features": _features(job, manifest)},
     }
     return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---"
+
+
+def _features(job: JobSpec, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    labels = manifest["models"].get("target", {}).get("labels") or ()
+    return tar_features(job.output.image_format, manifest["schema_version"], labels)
 
 
 def card_config(data_files: list[str], content: str) -> dict[str, Any]:
@@ -209,7 +215,7 @@ def _not_counted(job: JobSpec, counts: dict[str, Any]) -> str:
 
 
 def _licences(models: dict[str, Any]) -> str:
-    described = [model for value in models.values() for model in _each(value)]
+    described = [model for value in models.values() for model in each(value)]
     stated = [model for model in described if isinstance(model, dict) and model.get("license") not in (None, UNKNOWN)]
     if not stated:
         return "The files of the models state none."
@@ -219,16 +225,17 @@ def _licences(models: dict[str, Any]) -> str:
 def _models(models: dict[str, Any]) -> str:
     lines = ["## Models", "", "| role | model |", "|---|---|"]
     for role, value in models.items():
-        lines += [f"| {role} | {_model_text(model)} |" for model in _each(value)]
+        lines += [f"| {role} | {model_text(model)} |" for model in each(value)]
     return "\n".join(lines)
 
 
-def _each(value: Any) -> list[Any] | tuple[Any, ...]:
+def each(value: Any) -> list[Any] | tuple[Any, ...]:
     """The models of a role, which has one or several."""
     return value if isinstance(value, list | tuple) else [value]
 
 
-def _model_text(model: Any) -> str:
+def model_text(model: Any) -> str:
+    """A described model in a cell of a table."""
     if not isinstance(model, dict):
         return code(str(model))
     facts = [(name, value) for name, value in model.items() if name not in _APART]
@@ -240,14 +247,17 @@ def _amount(request: RequestSpec) -> str:
     if not request.has_quota:
         return f"{request.count} for each class or subset and context"
     return (
-        f"{request.num_wanted} accepted ones for each class or subset, from at most {request.attempts_limit} attempts "
-        "(`surplus` in metadata.parquet marks what is beyond)"
+        f"{request.num_wanted} accepted ones for each class or subset, from at most {request.attempts_limit} attempts"
     )
 
 
-def _requests(job: JobSpec, counts: dict[str, Any]) -> str:
-    """What was asked for, and below each request its outcome."""
-    lines = ["## How it was made", ""]
+def request_lines(job: JobSpec, counts: dict[str, Any]) -> list[str]:
+    """What was asked for, and below each request its outcome.
+
+    Args:
+        counts: those of the run's manifest; what they lack is not told.
+    """
+    lines = []
     for request in job.requests:
         wanted = request.boundary if request.boundary is not None else request.classes
         classes = "all classes" if wanted == "all" else ", ".join(code(str(name), table=False) for name in wanted or ())
@@ -255,7 +265,9 @@ def _requests(job: JobSpec, counts: dict[str, Any]) -> str:
         lines += [
             f"- **{request.name}**: method `{request.method}`, {request.method_record.caption}; {classes}{joint}, "
             f"{_amount(request)}; contexts: {len(request.contexts)}.",
-            f"  - made: {_made(counts['requests'].get(request.name, {}), counts.get('quotas', {}).get(request.name))}",
+            *_outcome(request, counts),
+            f"  - prompt: {code(request.prompt or _default_prompt(request), table=False)}",
+            *_contexts(request),
             f"  - sampling: {_parameters(job.sampling_of(request).model_dump())}",
         ]
         if request.fresh:
@@ -265,8 +277,6 @@ def _requests(job: JobSpec, counts: dict[str, Any]) -> str:
             lines.append(f"  - conditioning: {_conditioning(request.conditioning, screening)}")
         if request.start:
             lines.append(f"  - start: {_parameters(request.start.model_dump())}")
-        if request.prompt:
-            lines.append(f"  - prompt: {code(request.prompt, table=False)}")
         if request.method_record.is_guided and request.steps_taken(job.sampling_of(request).num_inference_steps):
             lines += [
                 f"  - guidance: {_parameters(job.parameters_of(request).in_effect())}",
@@ -277,7 +287,30 @@ def _requests(job: JobSpec, counts: dict[str, Any]) -> str:
             rule = request.accept
             text = code(rule, table=False) if isinstance(rule, str) else _parameters(rule)
             lines.append(f"  - accepted when: {text}")
-    return "\n".join(lines)
+        else:
+            lines.append("  - accepted: every one, without a rule")
+    return lines
+
+
+def _outcome(request: RequestSpec, counts: dict[str, Any]) -> list[str]:
+    if not counts.get("requests"):
+        return []
+    made = _made(counts["requests"].get(request.name, {}), counts.get("quotas", {}).get(request.name))
+    return [f"  - made: {made}"]
+
+
+def _default_prompt(request: RequestSpec) -> str:
+    return "{class} and {class}" if request.boundary is not None else CLASS_TEMPLATE
+
+
+def _contexts(request: RequestSpec) -> list[str]:
+    """The texts that follow the prompt; nothing where there is none but the empty one."""
+    if request.contexts == ("",):
+        return []
+    shown = [code(context, table=False) if context else "none" for context in request.contexts[:MAX_CONTEXTS]]
+    if len(request.contexts) > MAX_CONTEXTS:
+        shown.append(f"and {len(request.contexts) - MAX_CONTEXTS} more")
+    return [f"  - contexts, after the prompt: {', '.join(shown)}"]
 
 
 def _ensemble(job: JobSpec, request: RequestSpec) -> list[str]:
@@ -394,7 +427,9 @@ def _table(groups: list[GroupSummary]) -> str:
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
     ]
-    lines += [f"| {' | '.join(cell(group) for cell in columns.values())} |" for group in groups[:MAX_TABLE_ROWS]]
+    lines += [
+        f"| {' | '.join(cell(group) for cell in columns.values())} |" for group in plain_first(groups)[:MAX_TABLE_ROWS]
+    ]
     if len(groups) > MAX_TABLE_ROWS:
         lines += ["", f"{len(groups) - MAX_TABLE_ROWS} more rows are under `summary` in `manifest.json`."]
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.data.run.file_names import CLASSES, SURPLUS_LIST
+from engine.data.run.file_names import CLASS_MAP, FOLDER_LABELS, SURPLUS_LIST
 from engine.data.run.shards import SHARDS
 from engine.job.records import columns_of
 
@@ -36,20 +36,35 @@ for one in pairs:
 ```"""
 
 
-# torchvision numbers the folders that are there, which are not all classes where one has no image.
+# torchvision and timm number the folders that are there, which are not all classes where one has no image.
 FOLDERS_LOADING = f"""
 
-`{CLASSES}` has the label of every folder. torchvision numbers folders in their order, so take the label from there:
+Left to themselves torchvision and timm number the folders that they find, in an order of their own. `{FOLDER_LABELS}`
+(the label of every folder) and `{CLASS_MAP}` (all folders in the order of labels) give them the labels:
 
 ```python
 import json
 import os
 import torchvision
 
-label_of = json.load(open("{CLASSES}", encoding="utf-8"))
-folder = torchvision.datasets.ImageFolder(os.getcwd())
-folder.target_transform = lambda number: label_of[folder.classes[number]]
+label_of = json.load(open("{FOLDER_LABELS}", encoding="utf-8"))
+
+
+class Folders(torchvision.datasets.ImageFolder):
+    def find_classes(self, directory):
+        return list(label_of), label_of
+
+
+folder = Folders(os.getcwd(), allow_empty=True)
 print(folder[0])
+```
+
+```python
+import os
+import timm.data
+
+images = timm.data.create_dataset("folder", root=os.getcwd(), class_map="{CLASS_MAP}")
+print(images[0])
 ```"""
 
 

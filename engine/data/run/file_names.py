@@ -9,6 +9,8 @@ MANIFEST = "manifest.json"
 CARD = "README.md"
 REPORT = "report.html"
 EVALUATION = "evaluation.json"
+# How a run differs from its baseline; `riskforge compare --baseline` and `riskforge run --baseline` write it.
+COMPARISON = "comparison.json"
 # Unguided twins that `riskforge evaluate` found among the samples of requests without guidance.
 TWINS_TABLE = "twins.parquet"
 WIDS_INDEX = "shards/wids.json"
@@ -17,8 +19,11 @@ TIMM_INFO = "shards/_info.json"
 SURPLUS_LIST = "shards/surplus.txt"
 # The schema version from which on every closed run has its list of surplus.
 SURPLUS_LIST_SINCE = 3
-# In an export to a folder by class: the label of each of its folders.
+# In an export: the name of each class by its index; of a folder by class also the label of each of its folders, and
+# the folders in the order of labels, which is timm's `class_map`.
 CLASSES = "classes.json"
+FOLDER_LABELS = "folders.json"
+CLASS_MAP = "class_map.txt"
 # Folders of `riskforge rescore`, one for each target, and the file that marks such a folder.
 RESCORED = "rescored"
 RESCORING = "_state/rescoring.json"
@@ -36,5 +41,8 @@ STOPPED_AUDIT = "_state/audit.safetensors"
 RESCORED_FROM = "rescored_from"
 EXPORT_KIND = "export"
 
-RUN_FILES = (SUCCESS, METADATA, MANIFEST, CARD, REPORT, EVALUATION, TWINS_TABLE, WIDS_INDEX, TIMM_INFO, SURPLUS_LIST)
+RUN_FILES = (
+    SUCCESS, METADATA, MANIFEST, CARD, REPORT, EVALUATION, COMPARISON, TWINS_TABLE, WIDS_INDEX, TIMM_INFO,
+    SURPLUS_LIST,
+)  # fmt: skip
 CURATION_FILES = (CURATION_DOCUMENT, SELECTION, REWARD, AUDIT, SUSPECTS)

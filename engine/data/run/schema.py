@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from engine.errors import CorruptShardError
+from engine.job.class_names import label_names
 from engine.job.columns import COLUMNS, RUN_COLUMNS, SCHEMA_VERSION, SURPLUS, Column
 from engine.job.records import columns_of
 
@@ -68,19 +70,28 @@ def _refuse_rows(where: object, what: str) -> NoReturn:
     raise CorruptShardError(f"{where}: {what}, which no run writes; `riskforge verify` reports what is damaged")
 
 
-def tar_features(image_format: str, version: int = SCHEMA_VERSION) -> list[dict[str, Any]]:
+def tar_features(image_format: str, version: int = SCHEMA_VERSION, labels: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Types of a tar's members for the header of a card, as `datasets` writes them.
 
     Without them it infers types from the first five samples, and takes a list that is empty in all for a list of nulls.
+
+    Args:
+        labels: class names in index order, which make `cls` a `ClassLabel`; empty where they are not known.
     """
     record = [{"name": column.name, **_yaml_type(column)} for column in columns_of(version).values()]
     return [
         {"name": image_format, "dtype": "image"},
         {"name": "json", "struct": record},
-        {"name": "cls", "dtype": "int64"},
+        {"name": "cls", "dtype": _label_type(labels)},
         {"name": "__key__", "dtype": "string"},
         {"name": "__url__", "dtype": "string"},
     ]
+
+
+def _label_type(labels: Sequence[str]) -> str | dict[str, Any]:
+    if not labels:
+        return "int64"
+    return {"class_label": {"names": {str(index): name for index, name in enumerate(label_names(labels))}}}
 
 
 def _yaml_type(column: Column) -> dict[str, Any]:

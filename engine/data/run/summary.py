@@ -24,6 +24,7 @@ from engine.job.columns import (
     stored_names,
 )
 from engine.job.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED
+from engine.methods.registry import is_guided
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,6 +103,11 @@ class GroupSummary:
     entry_means: Mapping[str, float | None] = field(default_factory=dict)
 
 
+def plain_first(groups: Sequence[GroupSummary]) -> list[GroupSummary]:
+    """Groups as tables show them: those of prompt-only requests, then those of guided ones, each in their order."""
+    return sorted(groups, key=lambda group: is_guided(group.method))
+
+
 def shown_scores(groups: Sequence[GroupSummary]) -> list[Column]:
     """The summarised scores that a table of groups has columns for: those that any of the runs has a value of."""
 
@@ -138,16 +144,17 @@ def summarise(metadata: Path) -> list[GroupSummary]:
 
 
 def count_classes(metadata: Path) -> dict[str, dict[str, int]]:
-    """Samples per class and status, classes in the order of their names; with their indices where a name is double."""
+    """Samples per class and status, classes in the order of labels; with their indices where a name is double."""
     import pyarrow.parquet as pq
 
     table = pq.read_table(metadata, columns=["class_name", "class_index", "status"], partitioning=None)
     table = table.append_column("class", class_texts(table))
     counts: dict[str, dict[str, int]] = {}
-    for row in table.group_by(["class", "status"]).aggregate([([], "count_all")]).to_pylist():
+    rows = table.group_by(["class", "class_index", "status"]).aggregate([([], "count_all")]).to_pylist()
+    for row in sorted(rows, key=lambda row: (row["class_index"], row["class"])):
         empty = dict.fromkeys((STATUS_OK, STATUS_REJECTED, STATUS_FAILED), 0)
         counts.setdefault(row["class"], empty)[row["status"]] = row["count_all"]
-    return dict(sorted(counts.items()))
+    return counts
 
 
 def class_texts(table: pa.Table, labels: Sequence[str] = ()) -> pa.Array:

@@ -15,7 +15,7 @@ import numpy as np
 from engine.data.run.shards import IMAGE_FORMATS, tar_entries
 from engine.data.stores.base import StoredFile
 from engine.data.stores.file_errors import explained
-from engine.errors import CorruptShardError
+from engine.errors import CorruptShardError, OutputError, StoreLostError, first_line
 
 RECORD = "json"
 MAX_OPEN = 64
@@ -56,6 +56,10 @@ class SamplePlaces(Mapping[str, SamplePlace]):
             self._formats.append(place.image_format)
         self._numbers[row] = (*place.image, self._formats.index(place.image_format), *place.record[1:])
         self.num_missing -= 1
+
+    def find(self, key: str) -> SamplePlace | None:
+        """The place of a sample, or None where it is nowhere."""
+        return None if self._numbers[self._rows[key], 0] < 0 else self[key]
 
     def first_missing(self) -> str:
         """The first key by name that is nowhere."""
@@ -98,6 +102,25 @@ def index_tars(tars: Sequence[StoredFile], keys: Iterable[str]) -> SamplePlaces:
             " `riskforge verify` reports what is damaged"
         )
     return places
+
+
+def find_in_tars(tars: Sequence[StoredFile], keys: Iterable[str]) -> tuple[SamplePlaces, list[str]]:
+    """Places of the samples with these keys as far as tars have them, and what is wrong with tars.
+
+    Raises:
+        StoreLostError: an object store cannot be reached.
+    """
+    places, problems = SamplePlaces(keys), []
+    for number, tar in enumerate(tars):
+        if not places.num_missing:
+            break
+        try:
+            _index_tar(tar.fetch(), number, places)
+        except StoreLostError:
+            raise
+        except (OSError, OutputError, CorruptShardError) as error:
+            problems.append(first_line(error))
+    return places, problems
 
 
 def _index_tar(path: Path, number: int, places: SamplePlaces) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.data.run.counts import JOINT_KEY
 from engine.data.stores.file_errors import explained
@@ -17,7 +18,7 @@ from engine.job.columns import stored_names
 from engine.job.plan import TEMPERATURE, usable_temperature
 from engine.methods.strict_json import parse_json
 from engine.models.untrusted_files import read_whole
-from engine.studies.compare.scored_run import MEDIANS, ScoredRun, Texts, read_scored_run, texts_of
+from engine.studies.compare.scored_run import MEDIANS, ScoredRun, Texts, night_of, read_scored_run, texts_of
 from engine.studies.output_folders import check_replaces
 
 BASELINE_VERSION = 1
@@ -26,6 +27,8 @@ ERRORS_OUTSIDE = "errors_are_outside_subsets"
 # A pinned run has some values of every sample.
 MAX_BASELINE_BYTES = 2**30
 BASELINE_BEGINNING = '{"baseline_version": '
+# Earlier baselines do not have them.
+_LATER_COLUMNS: dict[str, type] = {"strictly_valid": float, "predicted": np.int64}
 _TEXT_COLUMNS = ("keys", "requests", "classes", "contexts", "prompts")
 
 
@@ -47,7 +50,10 @@ def pin_run(run: ScoredRun, path: Path) -> None:
         "seeds": run.seeds.tolist(),
         "is_error": run.is_error.astype(int).tolist(),
         ERRORS_OUTSIDE: True,
-        "valid": [None if np.isnan(value) else int(value) for value in run.valid],
+        "valid": _flags(run.valid),
+        **({} if run.strictly_valid is None else {"strictly_valid": _flags(run.strictly_valid)}),
+        **({} if run.predicted is None else {"predicted": run.predicted.tolist()}),
+        "night": run.night,
         **{name: values.tolist() for name, values in run.scores.items()},
     }
     text = json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
@@ -56,6 +62,10 @@ def pin_run(run: ScoredRun, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(text, encoding="utf-8")
         part.replace(path)
+
+
+def _flags(values: NDArray[np.float64]) -> list[int | None]:
+    return [None if np.isnan(value) else int(value) for value in values]
 
 
 def _packed(column: Texts) -> dict[str, Any]:
@@ -90,6 +100,7 @@ def read_baseline(path: Path) -> ScoredRun:
 def _unpinned(document: dict[str, Any]) -> ScoredRun:
     columns: dict[str, Any] = {name: _unpacked(document[name]) for name in _TEXT_COLUMNS}
     columns |= {"valid": np.array(document["valid"], dtype=float)}
+    columns |= {name: np.array(document[name], dtype=kind) for name, kind in _LATER_COLUMNS.items() if name in document}
     columns |= {"seeds": np.array(document["seeds"], dtype=np.int64)}
     columns |= {"is_error": np.array(document["is_error"], dtype=bool)}
     scores = {name: np.array(document[name], dtype=float) for name in stored_names(MEDIANS, document)}
@@ -105,6 +116,8 @@ def _unpinned(document: dict[str, Any]) -> ScoredRun:
         temperature=None if temperature is None else usable_temperature(temperature),
         labels=tuple(map(str, document["labels"])),
         methods={str(name): str(method) for name, method in document["methods"].items()},
+        night=str(document.get("night", "")) or night_of({}, str(document["address"])),
+        is_baseline=True,
         unknown=_unknown(document, columns),
         scores=scores,
         **columns,

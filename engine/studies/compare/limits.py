@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from engine.errors import JobError
-from engine.studies.compare.program import LEVELS, RunComparison, row_name
+from engine.studies.compare.program import LEVELS, GroupComparison, RunComparison, row_name
 from engine.studies.compare.scored_run import metric_name
 from engine.studies.compare.significance import Difference
 
 # Of these more is worse.
-FAILURES = ("error_rate", "valid_failures", "risk")
+FAILURES = ("error_rate", "valid_failures", "strictly_valid_failures", "risk")
+# The limit of valid failures applies to the strict ones where both runs know them.
+STRICTER = {"valid_failures": "strictly_valid_failures"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +48,23 @@ def check_limits(limits: Limits, confidence: float, levels: Sequence[str] = ()) 
         raise JobError(problems)
 
 
-def crossed_limits(comparison: RunComparison, limits: Limits) -> list[str]:
-    """The limits that are crossed, in words, a line each.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crossing:
+    """A limit that was crossed.
+
+    Attributes:
+        place: request, level and group of the row.
+        metric: where in the row.
+        text: in words.
+    """
+
+    place: tuple[str, str, str]
+    metric: str
+    text: str
+
+
+def crossed_limits(comparison: RunComparison, limits: Limits) -> list[Crossing]:
+    """The limits that are crossed.
 
     Raises:
         JobError: no request has the metric of a limit in both runs.
@@ -55,24 +72,40 @@ def crossed_limits(comparison: RunComparison, limits: Limits) -> list[str]:
     known = {metric for row in comparison.rows if row.level == "request" for metric in row.differences}
     if unknown := [metric for metric in limits.increases if metric not in known]:
         raise JobError([f"the limit of {metric_name(metric)}: no request has it in both runs" for metric in unknown])
-    lines = []
+    crossings: list[Crossing] = []
     for row in comparison.rows:
-        for metric, allowed in limits.increases.items():
-            difference = row.differences.get(metric) if row.level == "request" else None
-            if difference is not None and difference.change.low > allowed:
-                lines.append(
-                    f"{row_name(row)}: {metric_name(metric)} grew by {difference.change.value:.3g} (at least"
-                    f" {difference.change.low:.3g} at {comparison.confidence:.0%}); {allowed:g} is allowed"
-                )
-        for metric in comparison.significant(row) if limits.fail_on != "never" else ():
-            difference = row.differences[metric]
-            is_worse = metric in FAILURES and _is_up(difference)
-            if is_worse or limits.fail_on == "any-significant":
-                lines.append(
-                    f"{row_name(row)}: {metric_name(metric)} {difference.old:.3g} -> {difference.new:.3g} is"
-                    f" significant (p {row.adjusted[metric]:.2g} after Holm)"
-                )
-    return lines
+        if row.level == "request":
+            crossings += _increases(row, limits, comparison.confidence)
+        if limits.fail_on != "never":
+            crossings += _significant(comparison, row, limits.fail_on)
+    return crossings
+
+
+def _increases(row: GroupComparison, limits: Limits, confidence: float) -> Iterator[Crossing]:
+    """Metrics of a request that grew by more than is allowed."""
+    for name, allowed in limits.increases.items():
+        metric = STRICTER.get(name, name)
+        metric = metric if metric in row.differences else name
+        difference = row.differences.get(metric)
+        if difference is not None and difference.change.low > allowed:
+            text = (
+                f"{row_name(row)}: {metric_name(metric)} grew by {difference.change.value:.3g} (at least"
+                f" {difference.change.low:.3g} at {confidence:.0%}); {allowed:g} is allowed"
+            )
+            yield Crossing(place=row.place, metric=metric, text=text)
+
+
+def _significant(comparison: RunComparison, row: GroupComparison, fail_on: str) -> Iterator[Crossing]:
+    """Metrics of a row that differ significantly, for the worse where only that fails."""
+    for metric in comparison.significant(row):
+        difference = row.differences[metric]
+        is_worse = metric in FAILURES and _is_up(difference)
+        if is_worse or fail_on == "any-significant":
+            text = (
+                f"{row_name(row)}: {metric_name(metric)} {difference.old:.3g} -> {difference.new:.3g} is"
+                f" significant (p {row.adjusted[metric]:.2g} after Holm)"
+            )
+            yield Crossing(place=row.place, metric=metric, text=text)
 
 
 def _is_up(difference: Difference) -> bool:

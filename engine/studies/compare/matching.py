@@ -49,15 +49,22 @@ def match_rows(old: ScoredRun, new: ScoredRun, request: str) -> Match:
 
 def _match_pairs(old: ScoredRun, new: ScoredRun, a: Rows, b: Rows, request: str) -> Match | None:
     """The pairs among rows; None where there are too few of them, or one sample would be in two."""
-    first, second = _identities(old, new, a, b)
-    is_unique = all(len(np.unique(side)) == len(side) for side in (first, second))
-    shared, of_a, of_b = np.intersect1d(first, second, return_indices=True)
-    if not is_unique or len(shared) < max(MIN_SAMPLES, MIN_PAIRED_SHARE * min(len(a), len(b))):
+    first, second = pairs_among(old, new, a, b)
+    if len(first) < max(MIN_SAMPLES, MIN_PAIRED_SHARE * min(len(a), len(b))):
         return None
-    order = np.argsort(of_a)
-    left = [len(side) - len(shared) for side in (first, second)]
+    left = [len(side) - len(first) for side in (a, b)]
     notes = [f"request {request!r}: {left[0]} and {left[1]} samples without a pair are left out"] if any(left) else []
-    return Match(old=a[of_a[order]], new=b[of_b[order]], is_paired=True, notes=notes)
+    return Match(old=first, new=second, is_paired=True, notes=notes)
+
+
+def pairs_among(old: ScoredRun, new: ScoredRun, a: Rows, b: Rows) -> tuple[Rows, Rows]:
+    """The pairs among rows of both runs, row by row; none where one sample would be in two."""
+    first, second = _identities(old, new, a, b)
+    if any(len(np.unique(side)) != len(side) for side in (first, second)):
+        return a[:0], b[:0]
+    _, of_a, of_b = np.intersect1d(first, second, return_indices=True)
+    order = np.argsort(of_a)
+    return a[of_a[order]], b[of_b[order]]
 
 
 def _match_groups(old: ScoredRun, new: ScoredRun, a: Rows, b: Rows, request: str) -> Match:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from engine.errors import JobError
+from engine.job.columns import NO_CLASS
 from engine.methods.intervals import LEVEL
-from engine.studies.compare.matching import MIN_SAMPLES, Match, match_rows
+from engine.studies.compare.matching import MIN_SAMPLES, Match, match_rows, pairs_among
 from engine.studies.compare.scored_run import METRICS, SHARES, Rows, ScoredRun
 from engine.studies.compare.significance import Difference, holm, median_difference, share_difference
 
@@ -42,18 +43,56 @@ class GroupComparison:
     differences: dict[str, Difference]
     adjusted: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """Request, level and group."""
+        return self.request, self.level, self.group
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """A sample whose failure is new or fixed; `key` is that of the newer run."""
+    """A sample whose failure is new or fixed; `key` is that of the newer run.
+
+    Attributes:
+        predicted_class: in the newer run; -1 where a baseline does not know it, and its name is empty then.
+    """
 
     key: str
     old_key: str
     request: str
     class_name: str
     context: str
+    old_predicted_class: int
+    old_predicted_class_name: str
+    predicted_class: int
+    predicted_class_name: str
     old_risk: float
     new_risk: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnpairedFailure:
+    """A failure of the newer run among samples that have no pair in the older one, such as fresh ones."""
+
+    key: str
+    request: str
+    class_name: str
+    context: str
+    predicted_class: int
+    predicted_class_name: str
+    new_risk: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TooFew:
+    """A class or context that is not compared, because a night has fewer samples of it than that takes."""
+
+    request: str
+    level: str
+    group: str
+    num_old: int
+    num_new: int
+    num_needed: int = MIN_SAMPLES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +100,8 @@ class RunComparison:
     """What has changed between two runs.
 
     Attributes:
+        new_failures, fixed, unpaired_failures: largest risk first.
+        too_few: classes and contexts that are not compared; in words they are among the notes.
         notes: what was not compared, and why.
     """
 
@@ -71,6 +112,8 @@ class RunComparison:
     new_failures: tuple[Change, ...]
     fixed: tuple[Change, ...]
     notes: tuple[str, ...]
+    unpaired_failures: tuple[UnpairedFailure, ...] = ()
+    too_few: tuple[TooFew, ...] = ()
 
     def significant(self, row: GroupComparison) -> list[str]:
         """Metrics of a row that differ after the correction."""
@@ -97,19 +140,30 @@ def compare_runs(
     _check_comparable(old, new)
     notes = list(_differing(old, new))
     rows: list[GroupComparison] = []
-    changes: dict[bool, list[Change]] = {True: [], False: []}
+    too_few: list[TooFew] = []
+    changed = _Changes(old, new)
     for request in dict.fromkeys(old.requests):
         if request not in new.methods:
             continue
         advance(f"comparing request {request}")
+        changed.add(request)
         match = match_rows(old, new, request)
         notes += match.notes
         if not match.is_enough:
             continue
-        rows += _compare_request(old, new, request, match, confidence, levels)
-        if match.is_paired and request not in old.unknown | new.unknown:
-            for is_new in changes:
-                changes[is_new] += _changes(old, new, match, is_new)
+        groups = [group for group in _groups(old, new, match) if group[0] in levels]
+        rows += [
+            _compare_rows(old, new, (request, level, name), a, b, match.is_paired, confidence)
+            for level, name, a, b in groups
+            if _is_enough(a, b)
+        ]
+        missed = [
+            TooFew(request=request, level=level, group=name, num_old=len(a), num_new=len(b))
+            for level, name, a, b in groups
+            if not _is_enough(a, b)
+        ]
+        notes += _too_few_notes(request, missed)
+        too_few += missed
     if not rows:
         places = " or ".join(levels)
         raise JobError(
@@ -124,10 +178,30 @@ def compare_runs(
         new=new,
         confidence=confidence,
         rows=tuple(_adjusted(rows)),
-        new_failures=tuple(changes[True]),
-        fixed=tuple(changes[False]),
+        new_failures=tuple(sorted(changed.new_failures, key=lambda change: (-change.new_risk, change.key))),
+        fixed=tuple(sorted(changed.fixed, key=lambda change: (-change.old_risk, change.key))),
         notes=tuple(notes),
+        unpaired_failures=tuple(changed.unpaired()),
+        too_few=tuple(too_few),
     )
+
+
+def _is_enough(a: Rows, b: Rows) -> bool:
+    return min(len(a), len(b)) >= MIN_SAMPLES
+
+
+def _too_few_notes(request: str, missed: Sequence[TooFew]) -> Iterator[str]:
+    """Which classes and which contexts of a request are not compared, with their numbers of samples."""
+    for level, plural in (("class", "classes"), ("context", "contexts")):
+        some = [one for one in missed if one.level == level]
+        if not some:
+            continue
+        names = [f"{one.group or 'none'} ({one.num_old} and {one.num_new})" for one in some[:MAX_LISTED]]
+        more = f" and {len(some) - MAX_LISTED} more" if len(some) > MAX_LISTED else ""
+        yield (
+            f"request {request!r}: {len(some)} {level if len(some) == 1 else plural} not compared, with fewer than the"
+            f" {MIN_SAMPLES} samples in both nights that this takes: {', '.join(names)}{more}"
+        )
 
 
 def _check_comparable(old: ScoredRun, new: ScoredRun) -> None:
@@ -173,25 +247,16 @@ def _differing(old: ScoredRun, new: ScoredRun) -> Iterator[str]:
             yield f"request {name!r}: method {old.methods[name]} -> {new.methods[name]}"
 
 
-def _compare_request(
-    old: ScoredRun,
-    new: ScoredRun,
-    request: str,
-    match: Match,
-    confidence: float,
-    levels: Sequence[str],
-) -> Iterator[GroupComparison]:
+def _groups(old: ScoredRun, new: ScoredRun, match: Match) -> Iterator[tuple[str, str, Rows, Rows]]:
+    """Level, name and rows in both runs of a request, its classes and its contexts, where it has several."""
     a, b, is_paired = match.old, match.new, match.is_paired
-    groups: list[tuple[str, str, Rows, Rows]] = [("request", "", a, b)]
+    yield "request", "", a, b
     for level, first, second in (("class", old.classes, new.classes), ("context", old.contexts, new.contexts)):
         names = list(dict.fromkeys(first[a]))
         if len(names) > 1:
-            # Pairs have one prompt, so their class and context are those of the first.
-            chosen = ((name, first[a] == name, (first[a] if is_paired else second[b]) == name) for name in names)
-            groups += [(level, name, a[of_a], b[of_b]) for name, of_a, of_b in chosen]
-    for level, name, first_rows, second_rows in groups:
-        if level in levels and min(len(first_rows), len(second_rows)) >= MIN_SAMPLES:
-            yield _compare_rows(old, new, (request, level, name), first_rows, second_rows, is_paired, confidence)
+            for name in names:
+                # Pairs have one prompt, so their class and context are those of the first.
+                yield level, name, a[first[a] == name], b[(first[a] if is_paired else second[b]) == name]
 
 
 def _compare_rows(
@@ -231,21 +296,72 @@ def _measured(first: Any, second: Any, is_paired: bool) -> tuple[Any, Any]:
     return first[known], second[also]
 
 
-def _changes(old: ScoredRun, new: ScoredRun, match: Match, is_new: bool) -> Iterator[Change]:
-    """The pairs that fail now and did not before, or the reverse, by key."""
-    change = (not is_new, is_new)
-    rows = zip(match.old, match.new, strict=True)
-    pairs = [(a, b) for a, b in rows if (old.is_error[a], new.is_error[b]) == change]
-    for a, b in sorted(pairs, key=lambda pair: str(new.keys[pair[1]])):
-        yield Change(
+class _Changes:
+    """Failures that are new, fixed or without a pair, collected request by request."""
+
+    def __init__(self, old: ScoredRun, new: ScoredRun) -> None:
+        self.new_failures: list[Change] = []
+        self.fixed: list[Change] = []
+        self._old, self._new = old, new
+        self._names = old.class_names(), new.class_names()
+        self._has_pair = np.zeros(len(new.keys), dtype=bool)
+
+    def add(self, request: str) -> None:
+        """Take the pairs of a request, however few: a failure is new whatever else can be said of its request."""
+        old, new = self._old, self._new
+        a, b = (np.flatnonzero(run.requests == request) for run in (old, new))
+        first, second = pairs_among(old, new, a, b)
+        self._has_pair[second] = True
+        if request in old.unknown | new.unknown:
+            return
+        for some, was in ((self.new_failures, False), (self.fixed, True)):
+            differ = (old.is_error[first] == was) & (new.is_error[second] != was)
+            some += [self._change(int(x), int(y)) for x, y in zip(first[differ], second[differ], strict=True)]
+
+    def _change(self, a: int, b: int) -> Change:
+        old, new = self._old, self._new
+        was, now = _prediction(old, a, self._names[0]), _prediction(new, b, self._names[1])
+        return Change(
             key=new.keys[b],
             old_key=old.keys[a],
             request=new.requests[b],
             class_name=new.classes[b],
             context=new.contexts[b],
+            old_predicted_class=was[0],
+            old_predicted_class_name=was[1],
+            predicted_class=now[0],
+            predicted_class_name=now[1],
             old_risk=float(old.scores["risk"][a]),
             new_risk=float(new.scores["risk"][b]),
         )
+
+    def unpaired(self) -> list[UnpairedFailure]:
+        """Failures of the newer run among samples without a pair, the largest risk first."""
+        new = self._new
+        rows = np.flatnonzero(new.is_error & ~self._has_pair).tolist()
+        failures = []
+        for row in sorted(rows, key=lambda row: (-new.scores["risk"][row], str(new.keys[row]))):
+            index, name = _prediction(new, row, self._names[1])
+            failures.append(
+                UnpairedFailure(
+                    key=new.keys[row],
+                    request=new.requests[row],
+                    class_name=new.classes[row],
+                    context=new.contexts[row],
+                    predicted_class=index,
+                    predicted_class_name=name,
+                    new_risk=float(new.scores["risk"][row]),
+                )
+            )
+        return failures
+
+
+def _prediction(run: ScoredRun, row: int, names: dict[int, str]) -> tuple[int, str]:
+    """Index and name of the class that the target predicts; -1 and no name where a baseline does not know it."""
+    if run.predicted is None:
+        return NO_CLASS, ""
+    index = int(run.predicted[row])
+    return index, names.get(index, str(index))
 
 
 def _adjusted(rows: list[GroupComparison]) -> Iterator[GroupComparison]:

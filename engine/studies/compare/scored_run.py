@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from engine.data.reading.people.review import NO_PEOPLE, People, read_people
 from engine.data.run.curated import Curation, curation_of
 from engine.data.run.file_names import MANIFEST, METADATA, RESCORED_FROM, SUCCESS
 from engine.data.run.manifest_reading import read_manifest
-from engine.data.run.outcomes import errors, joint_rows, oracle_agreement, scored_rows
+from engine.data.run.outcomes import errors, joint_rows, label_validity, oracle_agreement, scored_rows
 from engine.data.run.schema import check_rows
 from engine.data.run.summary import class_texts, without_absent
 from engine.data.stores.file_errors import explained
@@ -27,12 +29,13 @@ from engine.models.calibration import noted_temperature
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SHARES = ("error_rate", "valid_failures")
+SHARES = ("error_rate", "valid_failures", "strictly_valid_failures")
 MEDIANS = tuple(column.name for column in columns_with(Role.COMPARED))
 METRICS = (*SHARES, *MEDIANS)
 _COLUMNS = [
     *ASKED, *ERRS, "request", "method", "class_name", "prompt", "context", "seed", "status", "oracle_class", *MEDIANS,
 ]  # fmt: skip
+_DATE = re.compile(r"(?<!\d)\d{4}-\d\d-\d\d(?!\d)")
 Texts = NDArray[np.object_]
 Rows = NDArray[np.intp]
 
@@ -49,6 +52,11 @@ class ScoredRun:
         valid: 1 where the target errs and the oracle agrees, 0 where not, NaN without an oracle.
         scores: by metric of `MEDIANS`; of runs and baselines of an earlier schema version without later ones.
         unknown: requests whose shares are not known: those with a joint prompt in earlier baselines.
+        strictly_valid: 1 where the target errs and the label is valid by the name `label_is_valid`, 0 where not, NaN
+            where that is unknown; None in runs without it.
+        predicted: index of the predicted class; None in baselines that do not know it.
+        night: the date of the run, such as 2026-11-21; empty where it is not known.
+        is_baseline: whether it was read from a pinned file.
         temperature: of the target in place of its own; None for its own.
         curation: of a curated run, in which every attempt of its parent has its scores.
         people: what people say of its images; nothing of a baseline.
@@ -68,6 +76,10 @@ class ScoredRun:
     is_error: NDArray[np.bool_]
     valid: NDArray[np.float64]
     scores: Mapping[str, NDArray[np.float64]]
+    strictly_valid: NDArray[np.float64] | None = None
+    predicted: NDArray[np.int64] | None = None
+    night: str = ""
+    is_baseline: bool = False
     unknown: frozenset[str] = frozenset()
     temperature: float | None = None
     curation: Curation | None = None
@@ -82,13 +94,17 @@ class ScoredRun:
             return None
         if name == "error_rate":
             return self.is_error[rows]
-        if name == "valid_failures":
-            values = self.valid[rows]
-            return None if np.isnan(values).any() else values > 0
+        if name in SHARES:
+            flags = self.valid if name == "valid_failures" else self.strictly_valid
+            return None if flags is None or np.isnan(flags[rows]).any() else flags[rows] > 0
         if name not in self.scores:
             return None
         values, column = self.scores[name][rows], BY_NAME[name]
         return without_absent(values, column) if column.is_optional else values
+
+    def class_names(self) -> dict[int, str]:
+        """Names of the target's classes by index; of several classes of one name with the index."""
+        return distinct_names(dict(enumerate(self.labels)))
 
 
 def read_scored_run(address: str) -> ScoredRun:
@@ -118,17 +134,46 @@ def read_scored_run(address: str) -> ScoredRun:
         check_rows(table, store.address(METADATA))
         run = _scored_run(store.uri, str(manifest["name"]), target, table)
         people = read_people(store, is_rescoring=RESCORED_FROM in manifest)
-        return replace(run, curation=curation_of(manifest), people=people)
+        run = replace(run, night=night_of(manifest, store.uri), curation=curation_of(manifest), people=people)
+        return run if _has_strict_validity(manifest, table) else replace(run, strictly_valid=None)
     except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         reason = first_line(error)
         raise OutputError(f"{address}: cannot be read as a run ({reason}); `riskforge verify` says more") from error
+
+
+def _has_strict_validity(manifest: Mapping[str, Any], table: pa.Table) -> bool:
+    """Whether validity is known better than by one oracle: by an estimate fitted on people, or several oracles."""
+    if "p_valid" in table.column_names and (table["p_valid"].to_numpy() >= 0).any():
+        return True
+    oracles = manifest["models"].get("oracles")
+    return isinstance(oracles, list) and len(oracles) > 1
+
+
+def night_of(manifest: Mapping[str, Any], uri: str) -> str:
+    """The date of a run: of its fresh requests, else the last one in its address, else of its end; empty without any.
+
+    A run that ends after midnight began on the day before, so the date in its address is the better one.
+    """
+    requests = manifest.get("job", {}).get("requests", [])
+    dates = [request["fresh"] for request in requests if isinstance(request.get("fresh"), str)]
+    for text in (*dates, *reversed(_DATE.findall(uri))):
+        try:
+            return date.fromisoformat(text).isoformat()
+        except ValueError:
+            continue
+    timing = manifest.get("timing", {})
+    try:
+        began = float(timing["finished"]) - float(timing.get("run_seconds", 0))
+        return datetime.fromtimestamp(began).date().isoformat()
+    except (KeyError, TypeError, ValueError, OverflowError, OSError):
+        return ""
 
 
 def _scored_run(address: str, name: str, target: dict[str, Any], table: pa.Table) -> ScoredRun:
     table = table.filter(scored_rows(table)).combine_chunks()
     labels = tuple(map(str, target["labels"]))
     oracle = oracle_agreement(table)
-    is_error = errors(table)
+    is_error, validity = errors(table), label_validity(table)
     scores = stored_names(MEDIANS, table.column_names)
     requests, methods = (_shared(table[name]) for name in ("request", "method"))
     return ScoredRun(
@@ -146,6 +191,8 @@ def _scored_run(address: str, name: str, target: dict[str, Any], table: pa.Table
         seeds=np.asarray(table["seed"].to_numpy(), dtype=np.int64),
         is_error=is_error,
         valid=np.where(oracle < 0, np.nan, (oracle > 0) & is_error),
+        strictly_valid=np.where(validity < 0, np.nan, (validity > 0) & is_error),
+        predicted=np.asarray(table["predicted_class"].to_numpy(), dtype=np.int64),
         scores={name: np.asarray(table[name].to_numpy(), dtype=float) for name in scores},
     )
 
@@ -184,4 +231,6 @@ def unfinished(addresses: Sequence[str]) -> list[str]:
 
 def metric_name(metric: str) -> str:
     """A metric in words."""
+    if metric == "strictly_valid_failures":
+        return "valid failures (strictly)"
     return metric.replace("_", " ") if metric in SHARES else f"median {BY_NAME[metric].label}"

@@ -40,6 +40,7 @@ class Models:
     """Addresses and digests of the new classifiers; `transfer` and `oracles` only where they are given.
 
     Attributes:
+        named: address of the target that the results have.
         calibration: address of the artefact that the target's temperature is of; None for the target's own.
         described: the temperature, as in the description of a run's target.
         guided: digests of the targets that guided the run, where it has several; empty where it has one.
@@ -54,6 +55,7 @@ class Models:
     transfer: tuple[str, ...]
     oracles: tuple[str, ...]
     digests: dict[str, Any]
+    named: str = ""
     guided: frozenset[str] = frozenset()
     validity: ValidityModel | None = None
     label_map: Maps = field(default_factory=dict)
@@ -97,11 +99,13 @@ def open_rescoring(
     oracles: Sequence[str],
     output: str | None,
     calibration: str | None = None,
+    named: str | None = None,
     label_map: Maps | None = None,
 ) -> Rescoring:
     """Open a run and the folder for its new scores, and check the classifiers.
 
     Args:
+        named: address of the target for the results; that of `target` where not given.
         label_map: as `models.label_map` of a job, in addition to that of the run's.
 
     Raises:
@@ -115,7 +119,7 @@ def open_rescoring(
     maps = {**job.models.label_map, **(label_map or {})}
     models = _check_models(target, transfer, _with_guiding(oracles, job), labels, maps)
     models = replace(models, guided=_guided(plan), validity=_validity(models, plan))
-    models = _calibrated(models, run, job, plan, calibration)
+    models = replace(_calibrated(models, run, job, plan, calibration), named=named or target)
     folder = open_store(output or run.address(f"{RESCORED}/{_folder_name(target, models)}"))
     rescoring = Rescoring(run=run, folder=folder, job=job, plan=plan, labels=labels, models=models)
     _check_folder(rescoring)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from engine.data.run.commits import list_commits
 from engine.data.run.file_names import METADATA, RESCORING, SUCCESS
@@ -69,6 +70,7 @@ def rescore_run(
     oracles: Sequence[str] = (),
     calibration: str | None = None,
     output: str | None = None,
+    named: str | None = None,
     label_map: Maps | None = None,
     advance: Callable[[str], None] = lambda text: None,
     notice: Callable[[str], None] = lambda text: None,
@@ -83,6 +85,7 @@ def rescore_run(
         calibration: an artefact whose temperature the target has; without one it has its own, or that of the run where
             it is the run's target.
         output: the folder; by default `RUN/rescored/TARGET-DIGEST`.
+        named: address of the target that the results have in place of `target`, where it is about to be moved there.
         label_map: by address of a classifier its class names to those of the run, as `models.label_map` of a job.
         advance: progress callback.
         notice: called with messages for the user.
@@ -93,7 +96,7 @@ def rescore_run(
         CorruptShardError: a shard of the run is damaged.
         OwnedError: another process rescores into this folder, or it lies in the run and a driver is at work there.
     """
-    rescoring = open_rescoring(address, target, transfer, oracles, output, calibration, label_map)
+    rescoring = open_rescoring(address, target, transfer, oracles, output, calibration, named, label_map)
     if rescoring.models.digests["target"] in rescoring.models.guided:
         notice(f"'{target}' is one of several targets that guided this run: its scores show no transfer")
     with ExitStack() as leases:
@@ -107,7 +110,7 @@ def rescore_run(
     num_failed, failure = failures_of(rescoring.folder.fetch(METADATA))
     return Rescored(
         folder=rescoring.folder.uri,
-        target=target,
+        target=named or target,
         temperature=temperature_text(rescoring.models.described),
         num_scored=num_scored,
         num_images=samples[STATUS_OK] + samples[STATUS_REJECTED],
@@ -119,6 +122,16 @@ def rescore_run(
         comparison=comparison,
         reason=reason,
     )
+
+
+def rescored_document(rescored: Rescored) -> dict[str, Any]:
+    """A rescoring as `--json` prints it."""
+    comparison = None if rescored.comparison is None else summary_document(rescored.comparison)
+    names = (
+        "folder", "target", "temperature", "num_scored", "num_images", "num_rows", "num_accepted", "num_failed",
+        "failure", "is_complete", "reason",
+    )  # fmt: skip
+    return {name: getattr(rescored, name) for name in names} | {"comparison": comparison}
 
 
 def _score(rescoring: Rescoring, advance: Callable[[str], None]) -> int:

@@ -85,7 +85,7 @@ def _origin(rescoring: Rescoring, num_shards: int) -> dict[str, Any]:
 def _new_job(rescoring: Rescoring) -> JobSpec:
     """The run's job with the addresses of the new classifiers."""
     job, models = rescoring.job, rescoring.models
-    addresses: dict[str, Any] = {"target": models.target, "calibration": models.calibration}
+    addresses: dict[str, Any] = {"target": models.named, "calibration": models.calibration}
     addresses |= {"transfer": models.transfer} if models.transfer else {}
     addresses |= _oracle_fields(models.oracles) if models.oracles else {}
     addresses |= {"validity": None} if models.validity is None else {}
@@ -108,7 +108,7 @@ def _described(rescoring: Rescoring) -> dict[str, Any]:
     described: dict[str, Any] = {"clip": {"address": rescoring.job.models.clip, "digest": clip_digest}}
     with suppress(OutputError, CorruptShardError, KeyError, TypeError):
         described = read_manifest(rescoring.run)["models"]
-    target = {"address": models.target, "digest": models.digests["target"]}
+    target = {"address": models.named, "digest": models.digests["target"]}
     described["target"] = target | models.described | {"labels": rescoring.labels}
     if models.transfer:
         pairs = zip(models.transfer, models.digests["transfer"], strict=True)

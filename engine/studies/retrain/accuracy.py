@@ -18,6 +18,7 @@ from engine.studies.intervals import mean_interval
 BEFORE, NONE, PLAIN, UNFILTERED, ACCEPTED = "before", "none", "plain", "unfiltered", "accepted"
 NO_CONTEXT = "no context"
 ALL = "all images"
+HELD_OUT = "generated, held out"
 MIN_RANKED_SAMPLES = 10
 MIN_RANKED_CONTEXTS = 3
 Right = Mapping[str, Sequence[NDArray[np.bool_]]]
@@ -54,10 +55,15 @@ class AccuracyRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """All arms on the test images: overall, and by context from the weakest to the strongest before."""
+    """All arms on the test images: overall, and by context from the weakest to the strongest before.
+
+    Attributes:
+        held_out: on the generated samples that none was trained on; None where there are none.
+    """
 
     overall: AccuracyRow
     contexts: tuple[AccuracyRow, ...]
+    held_out: AccuracyRow | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,12 +105,13 @@ class ErrorAgreement:
         return sum(row.is_ranked for row in self.rows)
 
 
-def compare(right: Right, contexts: Sequence[tuple[str, ...]]) -> Comparison:
+def compare(right: Right, contexts: Sequence[tuple[str, ...]], held_out: Right | None = None) -> Comparison:
     """Figures of all arms.
 
     Args:
         right: by arm and seed, whether the prediction of each test image is right, [N]; of `before` once.
         contexts: of each test image; an image without any only counts overall.
+        held_out: as `right`, of the generated samples that are held out of training.
     """
     rows_of: dict[str, list[int]] = defaultdict(list)
     for row, tags in enumerate(contexts):
@@ -113,6 +120,7 @@ def compare(right: Right, contexts: Sequence[tuple[str, ...]]) -> Comparison:
     rows = [_row(tag, right, np.array(members)) for tag, members in rows_of.items()]
     return Comparison(
         overall=_row(ALL, right, np.arange(len(contexts))),
+        held_out=_row(HELD_OUT, held_out, np.arange(len(held_out[BEFORE][0]))) if held_out else None,
         contexts=tuple(sorted(rows, key=lambda row: (row.before.value, row.context))),
     )
 

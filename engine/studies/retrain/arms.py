@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from engine.errors import JobError
 from engine.studies.retrain.accuracy import ACCEPTED, PLAIN, UNFILTERED
+from engine.studies.retrain.held_out import choose_held_out
 from engine.studies.retrain.image_tensors import GeneratedSet
 from engine.studies.retrain.options import RetrainOptions
 from engine.studies.samples import StudiedRun, choose_requests, is_plain
@@ -20,10 +22,12 @@ class Arms:
     Attributes:
         pools: by arm, the rows of the generated set that it draws from.
         left_out: by arm that cannot be compared, the reason.
+        held_out: the rows of the generated set that none draws from, and that are tested.
     """
 
     pools: dict[str, Tensor]
     left_out: dict[str, str]
+    held_out: Tensor
 
     @property
     def num_samples(self) -> int:
@@ -55,14 +59,18 @@ def choose_arms(run: StudiedRun, options: RetrainOptions) -> tuple[list[str], li
     return plain, risky
 
 
-def make_arms(run: StudiedRun, generated: GeneratedSet, plain: list[str], risky: list[str]) -> Arms:
-    """Which generated samples each arm has.
+def make_arms(
+    run: StudiedRun, generated: GeneratedSet, plain: list[str], risky: list[str], held_out_share: float
+) -> Arms:
+    """Which generated samples each arm has, and which are tested.
 
     Raises:
         JobError: none is accepted, so there is nothing to study.
     """
-    of_risky = generated.rows_of(risky)
-    pools = {PLAIN: generated.rows_of(plain), UNFILTERED: of_risky, ACCEPTED: of_risky[generated.accepted[of_risky]]}
+    is_tested = _are_tested(run, generated, risky)
+    held_out = choose_held_out(generated.origins, generated.classes, is_tested.tolist(), held_out_share)
+    of_plain, of_risky = (rows[~held_out[rows]] for rows in map(generated.rows_of, (plain, risky)))
+    pools = {PLAIN: of_plain, UNFILTERED: of_risky, ACCEPTED: of_risky[generated.accepted[of_risky]]}
     if not len(pools[ACCEPTED]):
         raise JobError(
             f"RUN: no sample of {', '.join(risky)} is accepted so far; make more with a higher `count`, loosen their"
@@ -75,7 +83,19 @@ def make_arms(run: StudiedRun, generated: GeneratedSet, plain: list[str], risky:
         left_out[PLAIN] = f"no sample of {', '.join(plain)} has an image so far"
     if len(pools[UNFILTERED]) == len(pools[ACCEPTED]):
         left_out[UNFILTERED] = _why_filtered(run, risky)
-    return Arms(pools={arm: rows for arm, rows in pools.items() if arm not in left_out}, left_out=left_out)
+    return Arms(
+        pools={arm: rows for arm, rows in pools.items() if arm not in left_out},
+        left_out=left_out,
+        held_out=(held_out & is_tested).nonzero()[:, 0],
+    )
+
+
+def _are_tested(run: StudiedRun, generated: GeneratedSet, risky: list[str]) -> Tensor:
+    """Whether each sample would be tested where it is held out, [N]: accepted ones, which have a single right class."""
+    joint = [request.name for request in run.job.requests if request.boundary is not None]
+    is_tested = torch.zeros(len(generated.requests), dtype=torch.bool)
+    is_tested[generated.rows_of([name for name in risky if name not in joint])] = True
+    return is_tested & generated.accepted
 
 
 def _why_filtered(run: StudiedRun, risky: list[str]) -> str:

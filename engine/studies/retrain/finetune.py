@@ -67,7 +67,8 @@ def fine_tune(
     samples in the same order, whatever is generated: generated ones replace those at the end of each batch.
 
     Args:
-        network: an image classifier of transformers, on any device.
+        network: from images [B, 3, h, w] to logits [B, n], on any device; its parameters that require gradients
+            are trained.
         generated: None for real samples alone.
         on_cpu: whether to train on the CPU even where there is a GPU.
         advance: called after every step.
@@ -78,7 +79,8 @@ def fine_tune(
     from accelerate import Accelerator
     from transformers.optimization import get_cosine_schedule_with_warmup
 
-    optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate)
+    weights = [weight for weight in network.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate)
     warm_up = int(WARM_UP_SHARE * recipe.num_steps)
     schedule = get_cosine_schedule_with_warmup(optimizer, warm_up, recipe.num_steps)
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
@@ -88,7 +90,7 @@ def fine_tune(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for batch in _batches(real, generated, recipe, seed):
-            logits = model(pixel_values=batch.pixels.to(accelerator.device)).logits.float()
+            logits = model(batch.pixels.to(accelerator.device)).float()
             loss = cross_entropy(logits, batch.targets.to(accelerator.device))
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
@@ -120,9 +122,7 @@ def predict(network: Any, pixels: Tensor) -> Tensor:
     """Logits [N, n] of preprocessed images, on the CPU, not divided by any temperature."""
     device = next(network.parameters()).device
     with full_float32(str(device)):
-        return torch.cat(
-            [network(pixel_values=part.to(device)).logits.float().cpu() for part in pixels.split(PREDICT_ROWS)]
-        )
+        return torch.cat([network(part.to(device)).float().cpu() for part in pixels.split(PREDICT_ROWS)])
 
 
 def choose_rows(num_rows: int, count: int, seed: int) -> Tensor:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import PIL.Image
 import torch
@@ -67,6 +68,10 @@ class ImageSet:
             unusable=(*self.unusable, *(Unusable(f"image {row + 1} of the readable ones", reason) for row in gone)),
         )
 
+    def named(self, name: Callable[[str], str]) -> ImageSet:
+        """The images with other names of their contexts."""
+        return dataclasses.replace(self, contexts=tuple(tuple(map(name, texts)) for texts in self.contexts))
+
     def samples(self, num_classes: int) -> Samples:
         """The images with one-hot targets."""
         return Samples(self.pixels, one_hot(self.classes, num_classes).float())
@@ -78,11 +83,15 @@ class GeneratedSet:
 
     Attributes:
         requests: of each sample, the name of its request.
+        classes: of each sample, the class that it was asked for.
+        origins: of each sample, the names of its seed and of its start image, where it has one.
         accepted: of each sample, whether its request's rule accepted it, [N] booleans.
     """
 
     samples: Samples
     requests: tuple[str, ...]
+    classes: tuple[int, ...]
+    origins: tuple[tuple[str, ...], ...]
     accepted: Tensor
 
     def rows_of(self, names: Sequence[str]) -> Tensor:
@@ -92,8 +101,14 @@ class GeneratedSet:
     def without(self, usable: Tensor) -> GeneratedSet:
         """The samples where `usable` [N] is true."""
         rows = usable.nonzero()[:, 0]
-        requests = tuple(self.requests[row] for row in rows.tolist())
-        return GeneratedSet(samples=self.samples.take(rows), requests=requests, accepted=self.accepted[rows])
+        kept = rows.tolist()
+        return GeneratedSet(
+            samples=self.samples.take(rows),
+            requests=tuple(self.requests[row] for row in kept),
+            classes=tuple(self.classes[row] for row in kept),
+            origins=tuple(self.origins[row] for row in kept),
+            accepted=self.accepted[rows],
+        )
 
 
 def read_images(
@@ -147,25 +162,27 @@ def read_generated(
     Raises:
         CorruptShardError: a shard or an image in it is not whole.
     """
-    stack, targets, names, accepted = (
-        _Stack("RUN: its samples", preprocessing),
-        list[Tensor](),
-        list[str](),
-        list[bool](),
-    )
+    stack, targets, records = _Stack("RUN: its samples", preprocessing), list[Tensor](), list[dict[str, Any]]()
     for data, record in read_samples(run, requests):
         stack.add(decode_stored(data, f"{run.store.uri}: the image of sample {record['key']}"))
         hard = one_hot(torch.tensor(record["class_index"]), num_classes).float()
         targets.append(torch.tensor(record["soft_label"]) if soft else hard)
-        names.append(record["request"])
-        accepted.append(record["accepted"])
-        display.advance(f"reading the samples of the run: {len(names)}")
+        records.append(record)
+        display.advance(f"reading the samples of the run: {len(records)}")
     pixels = stack.pixels()
     return GeneratedSet(
         samples=Samples(pixels, torch.stack(targets) if targets else torch.empty(0, num_classes)),
-        requests=tuple(names),
-        accepted=torch.tensor(accepted, dtype=torch.bool),
+        requests=tuple(record["request"] for record in records),
+        classes=tuple(record["class_index"] for record in records),
+        origins=tuple(_origins(record) for record in records),
+        accepted=torch.tensor([record["accepted"] for record in records], dtype=torch.bool),
     )
+
+
+def _origins(record: dict[str, Any]) -> tuple[str, ...]:
+    """What a sample began with: its noise, and its start by content; others with the same resemble it."""
+    start = record.get("start_sha256") or record.get("start_key")
+    return (f"seed {record['seed']}", *([f"start {start}"] if start else []))
 
 
 @dataclass(slots=True, eq=False)

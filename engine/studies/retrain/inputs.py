@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.data.images import ImageSource
+from engine.data.run.file_names import RESCORED
 from engine.data.stores.base import Store
 from engine.data.stores.folder import FolderStore
 from engine.data.stores.opening import refuse_objects
@@ -17,13 +19,16 @@ from engine.driver.progress import Display
 from engine.errors import JobError, OutputError
 from engine.methods.finiteness import LOGITS_FAULT, usable_logits
 from engine.models.addresses import resolve
-from engine.models.classifier import load_network
+from engine.models.factory_folders import as_factory_folder
 from engine.models.labels import read_labels
 from engine.models.library_logging import quiet_libraries
 from engine.models.preprocessing import Preprocessing
+from engine.models.programs import is_program
+from engine.models.trainable import Trainable, load_trainable
 from engine.studies.output_folders import check_folder
 from engine.studies.retrain.arms import Arms, choose_arms, make_arms
 from engine.studies.retrain.finetune import predict, training_device
+from engine.studies.retrain.held_out import FEW_HELD_OUT
 from engine.studies.retrain.image_tensors import GeneratedSet, ImageSet, read_generated, read_images
 from engine.studies.retrain.options import RetrainOptions
 from engine.studies.samples import StudiedRun, check_target, open_study
@@ -55,9 +60,9 @@ class Study:
     home: Path
 
     @property
-    def target(self) -> Path:
-        """Folder of the target."""
-        return resolve(self.run.job.models.target)
+    def on_cpu(self) -> bool:
+        """Whether to train on the CPU even where there is a GPU."""
+        return bool(self.run.job.runtime.device == "cpu")
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -70,6 +75,7 @@ class Material:
     generated: GeneratedSet
     arms: Arms
     num_classes: int
+    target: Trainable
 
 
 def check_study(uri: str, options: RetrainOptions, folder: str | None) -> Study:
@@ -81,7 +87,7 @@ def check_study(uri: str, options: RetrainOptions, folder: str | None) -> Study:
     options.check()
     run = open_study(uri)
     home = _home(run.store, folder)
-    check_folder(home, DOCUMENT, (DOCUMENT, MODEL), STUDY)
+    check_folder(home, DOCUMENT, (DOCUMENT, MODEL, RESCORED), STUDY)
     plain, risky = choose_arms(run, options)
     check_target(run)
     _check_apart(home, run)
@@ -91,7 +97,7 @@ def check_study(uri: str, options: RetrainOptions, folder: str | None) -> Study:
 
 def read_material(
     study: Study, real: ImageSource, test: ImageSource, spare: ImageSource | None, display: Display
-) -> tuple[Material, Any]:
+) -> Material:
     """Read all samples and images, and load the network of the target.
 
     Raises:
@@ -99,29 +105,38 @@ def read_material(
     """
     display.phase("loading the target")
     quiet_libraries()
-    address, on_cpu = study.run.job.models.target, study.run.job.runtime.device == "cpu"
-    network = load_network(address).to(training_device(on_cpu)).eval()
-    preprocessing = Preprocessing.load(study.target)
-    scorable = _Scorable(network, address, display)
+    address = study.run.job.models.target
+    target = load_trainable(address, str(training_device(study.on_cpu)))
+    preprocessing = target.preprocessing
+    scorable = _Scorable(target.network, address, display)
     display.phase("reading samples and images")
     generated = _read_generated(study, preprocessing, scorable, display)
 
+    contexts = {_plain_context(text): text for request in study.run.job.requests for text in request.contexts or ()}
+
     def read(source: ImageSource, option: str, address: str) -> ImageSet:
-        return scorable.of(read_images(source, option, address, preprocessing, display), option)
+        images = read_images(source, option, address, preprocessing, display)
+        return scorable.of(images.named(lambda text: contexts.get(_plain_context(text), text)), option)
 
     options = study.options
     material = Material(
-        arms=make_arms(study.run, generated, study.plain, study.risky),
+        arms=make_arms(study.run, generated, study.plain, study.risky, options.held_out),
         generated=generated,
         real=read(real, "--real", options.real),
         test=read(test, "--test", options.test),
         calibration=read(spare, "--calibrate", options.calibrate) if spare and options.calibrate else None,
         num_classes=len(study.labels),
+        target=target,
     )
     _check_numbers(material, options)
     _check_sizes(material, options)
     _note_limitations(material, options, display)
-    return material, network
+    return material
+
+
+def _plain_context(text: str) -> str:
+    """A context for comparisons with those of the run: folders may be named in other ways than prompts."""
+    return " ".join(unicodedata.normalize("NFC", text).replace("_", " ").casefold().split())
 
 
 def _read_generated(study: Study, preprocessing: Preprocessing, scorable: _Scorable, display: Display) -> GeneratedSet:
@@ -162,6 +177,11 @@ def _note_limitations(material: Material, options: RetrainOptions, display: Disp
         display.notice(f"arm {arm} is left out: {reason}")
     if arms.num_samples < FEW_SAMPLES:
         display.notice(f"each arm has only {arms.num_samples} generated samples; differences may be chance")
+    if options.held_out and len(arms.held_out) < FEW_HELD_OUT:
+        display.notice(
+            f"--held-out: only {len(arms.held_out)} generated samples are held out, too few for their row to say much;"
+            " make more samples, or give a larger share"
+        )
     if options.labels == "soft" and bool((material.generated.samples.targets.max(1).values == 1).all()):
         display.notice("--labels soft: all samples are of single classes, whose soft labels are the hard ones")
 
@@ -225,7 +245,9 @@ def _home(store: Store, folder: str | None) -> Path:
 
 def _check_apart(home: Path, run: StudiedRun) -> None:
     """Check that the results replace neither the run nor its target."""
-    target = resolve(run.job.models.target).resolve()
-    for what, place in (("the run", run.store.place), ("the run's target", target)):
+    address = run.job.models.target
+    target = as_factory_folder(address) or (None if is_program(address) else resolve(address))
+    places = {"the run": run.store.place} | ({"the run's target": target.resolve()} if target else {})
+    for what, place in places.items():
         if home == place or home in place.parents:
             raise OutputError(f"--output: {home} holds {what}, which would be replaced; choose another")

@@ -9,6 +9,7 @@ from engine.errors import JobError
 from engine.studies.retrain.finetune import Recipe
 
 MAX_BATCH = 65_536
+MAX_HELD_OUT = 0.9
 MAX_SEEDS, MAX_STEPS = 1000, 1_000_000
 
 
@@ -23,6 +24,7 @@ class RetrainOptions:
         labels: `hard` for the class of a generated sample, `soft` for its `soft_label`.
         calibrate: images for fitting the model's temperature, which neither it nor the target was trained on; without
             them the target's temperature is kept.
+        held_out: share of the accepted samples that no network is trained on, and that are tested; 0 for none.
     """
 
     real: str
@@ -36,6 +38,7 @@ class RetrainOptions:
     labels: str = "hard"
     batch_size: int = 64
     learning_rate: float = 3e-4
+    held_out: float = 0.2
 
     @property
     def recipe(self) -> Recipe:
@@ -70,6 +73,11 @@ class RetrainOptions:
             problems.append(
                 f"--mix: {self.mix:g} of a batch of {self.batch_size} leaves {self.recipe.num_generated} generated"
                 " images in it; give another share, or a larger --batch-size"
+            )
+        if not 0 <= self.held_out <= MAX_HELD_OUT:
+            problems.append(
+                f"--held-out: {self.held_out:g} is not between 0 and {MAX_HELD_OUT:g}; give the share of the accepted"
+                " samples to test on, or 0 for none"
             )
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             problems.append(f"--learning-rate: {self.learning_rate:g} is not a positive number; give one, as 0.001")

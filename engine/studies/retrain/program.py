@@ -40,10 +40,10 @@ def retrain(uri: str, options: RetrainOptions, *, display: Display, folder: str 
         real = open_images(options.real, study.labels, "--real")
         test = open_images(options.test, study.labels, "--test")
         spare = open_images(options.calibrate, study.labels, "--calibrate") if options.calibrate else None
-        material, network = read_material(study, real, test, spare, display)
-        right, kept = train_arms(study, material, network, display)
+        material = read_material(study, real, test, spare, display)
+        tested, kept = train_arms(study, material, display)
         display.phase("comparing and writing")
-        return write_results(study, material, right, kept, started)
+        return write_results(study, material, tested, kept, started, display)
     except torch.OutOfMemoryError:
         raise JobError(
             f"--batch-size: batches of {options.batch_size} do not fit the GPU's memory; give a smaller size"

@@ -4,36 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from engine.data.run.file_names import RESCORED
 from engine.data.run.manifest import software_versions
 from engine.data.run.outcomes import asked_classes, target_errs
 from engine.data.stores.fresh_folder import fresh_folder
+from engine.driver.progress import Display
 from engine.job.columns import ASKED, ERRS, NO_CLASS
 from engine.job.records import STATUS_FAILED
 from engine.methods.temperature import TemperatureFit, fit_temperature
 from engine.models.classifier import Classifier
-from engine.models.configurations import read_config
 from engine.models.digests import model_digest
+from engine.models.trainable import Trainable
+from engine.studies.rescore.program import Rescored, rescore_run, rescored_document
 from engine.studies.retrain.accuracy import ACCEPTED, Attempt, Comparison, ErrorAgreement, compare, compare_errors
 from engine.studies.retrain.arms import Arms
 from engine.studies.retrain.findings import findings
 from engine.studies.retrain.image_tensors import ImageSet
 from engine.studies.retrain.inputs import DOCUMENT, MODEL, STUDY, Material, Study
-from engine.studies.retrain.training import finite_logits
+from engine.studies.retrain.training import Tested, finite_logits
 from engine.studies.samples import StudiedRun, read_attempts
 
 DOCUMENT_VERSION = 1
 MAX_LISTED = 1000
-_PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +43,7 @@ class Retrained:
         document: the content of `retrain.json`.
         agreement: of errors on generated samples and on test images.
         findings: in words.
+        rescored: the samples of the run under the new model.
     """
 
     path: Path
@@ -53,13 +52,14 @@ class Retrained:
     agreement: ErrorAgreement
     arms: Arms
     findings: list[str]
+    rescored: Rescored
 
 
 def write_results(
-    study: Study, material: Material, right: dict[str, list[NDArray[np.bool_]]], kept: Any, started: float
+    study: Study, material: Material, tested: Tested, kept: Any, started: float, display: Display
 ) -> Retrained:
     """Compute figures and findings, and publish the folder with document and model."""
-    comparison = compare(right, material.test.contexts)
+    comparison = compare(tested.right, material.test.contexts, tested.held_out)
     agreement = compare_errors(_attempts(study.run, _unguided(study)), comparison)
     overlap = len(set(material.test.keys) & set(material.real.keys))
     sentences = findings(comparison, agreement) + _dependences(study, overlap)
@@ -67,13 +67,16 @@ def write_results(
     document = _describe_study(study, material) | {
         "images_in_both": overlap,
         "overall": dataclasses.asdict(comparison.overall),
+        "held_out": dataclasses.asdict(comparison.held_out) if comparison.held_out else None,
         "contexts": [dataclasses.asdict(row) for row in comparison.contexts],
         "found": dataclasses.asdict(agreement) | {"num_ranked": agreement.num_ranked},
         "findings": sentences,
         "temperature": {"used": temperature, "fit": dataclasses.asdict(fit) if fit else None},
     }
     with fresh_folder(study.home) as built:
-        digest = _save_model(kept, study.target, temperature, built / MODEL)
+        digest = _save_model(kept, material.target, temperature, built / MODEL)
+        rescored = _rescore(study, built, display)
+        document["rescore"] = rescored_document(rescored) | {"folder": RESCORED}
         document["model"] = {"arm": ACCEPTED, "seed": 0, "digest": digest}
         document["timing"] = {"seconds": time.monotonic() - started, "finished": time.time()}
         text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
@@ -85,7 +88,22 @@ def write_results(
         agreement=agreement,
         arms=material.arms,
         findings=sentences,
+        rescored=rescored,
     )
+
+
+def _rescore(study: Study, built: Path, display: Display) -> Rescored:
+    """The samples of the run under the new model, as `riskforge rescore` stores them."""
+    display.phase("scoring the samples of the run again")
+    rescored = rescore_run(
+        study.run.store.uri,
+        str(built / MODEL),
+        output=str(built / RESCORED),
+        named=str(study.home / MODEL),
+        advance=display.advance,
+        notice=display.notice,
+    )
+    return dataclasses.replace(rescored, folder=str(study.home / RESCORED))
 
 
 def _describe_study(study: Study, material: Material) -> dict[str, Any]:
@@ -102,6 +120,7 @@ def _describe_study(study: Study, material: Material) -> dict[str, Any]:
             "available": {arm: len(rows) for arm, rows in arms.pools.items()},
             "samples_of_each": arms.num_samples,
             "left_out": arms.left_out,
+            "held_out": len(arms.held_out),
         },
         "data": {
             "real": _describe_images(options.real, material.real),
@@ -175,23 +194,16 @@ def _temperature(study: Study, material: Material, network: Any) -> tuple[float,
     Not on a part of the real images: the target was mostly trained on them, and a network is overconfident on its
     training images. Where the likelihood has no maximum, the target's is kept as well.
     """
-    own, calibrated = read_config(study.target / "config.json").get("temperature", 1.0), study.run.temperature
-    current = float(own if calibrated is None else calibrated)
+    current = material.target.temperature if study.run.temperature is None else study.run.temperature
     if material.calibration is None:
         return current, None
-    logits = finite_logits(network, material.calibration, "--calibrate")
+    logits = finite_logits(network, material.calibration.pixels, "images of --calibrate")
     fit = fit_temperature(logits, material.calibration.classes, current)
     return (fit.current if fit.bound else fit.fitted), fit
 
 
-def _save_model(network: Any, target: Path, temperature: float, folder: Path) -> str:
+def _save_model(network: Any, target: Trainable, temperature: float, folder: Path) -> str:
     """Store a model so that it can be the target of a job, check that it loads, and return its digest."""
-    network.save_pretrained(folder)
-    for name in _PREPROCESSORS:
-        if (target / name).is_file():
-            shutil.copyfile(target / name, folder / name)
-    # Written into the file: transformers keeps this field out of its configuration objects.
-    config = read_config(folder / "config.json") | {"temperature": temperature}
-    (folder / "config.json").write_text(f"{json.dumps(config, indent=2)}\n", encoding="utf-8")
+    target.store(network, folder, temperature)
     Classifier.load(str(folder))
     return model_digest(str(folder))

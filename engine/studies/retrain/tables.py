@@ -24,7 +24,8 @@ def accuracy_table(comparison: Comparison) -> Table:
         ["context", "images", BEFORE, *arms, f"{ACCEPTED} - {NONE}, points"],
         len(comparison.contexts),
     )
-    for row in (comparison.overall, *comparison.contexts[:MAX_GROUP_ROWS]):
+    generated = [comparison.held_out] if comparison.held_out else []
+    for row in (comparison.overall, *generated, *comparison.contexts[:MAX_GROUP_ROWS]):
         table.add_row(
             Text(context_name(row.context)),
             str(row.num_images),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,29 +18,51 @@ from engine.errors import JobError
 from engine.methods.finiteness import LOGITS_FAULT, usable_logits
 from engine.studies.retrain.accuracy import ACCEPTED, BEFORE, NONE
 from engine.studies.retrain.finetune import Samples, choose_rows, fine_tune, predict
-from engine.studies.retrain.image_tensors import ImageSet
 from engine.studies.retrain.inputs import Material, Study
 from engine.studies.retrain.options import RetrainOptions
 
 Progress = Callable[[str, int], Callable[[], None]]
 
 
-def train_arms(
-    study: Study, material: Material, network: Any, display: Display
-) -> tuple[dict[str, list[NDArray[np.bool_]]], Any]:
+@dataclass(slots=True, eq=False)
+class Tested:
+    """By arm, and seed by seed, whether the prediction for each image is right, [N]; of `before` once.
+
+    Attributes:
+        right: of the test images.
+        held_out: of the generated samples that are held out of training; empty where there are none.
+    """
+
+    right: dict[str, list[NDArray[np.bool_]]] = field(default_factory=dict)
+    held_out: dict[str, list[NDArray[np.bool_]]] = field(default_factory=dict)
+
+    def add(self, arm: str, network: Any, material: Material, what: str) -> None:
+        """Test a network.
+
+        Raises:
+            JobError: it gives values that are not finite.
+        """
+        logits = finite_logits(network, material.test.pixels, f"images of --test (arm {what})")
+        self.right.setdefault(arm, []).append((logits.argmax(1) == material.test.classes).numpy())
+        if len(rows := material.arms.held_out):
+            logits = finite_logits(network, material.generated.samples.pixels[rows], f"held-out samples (arm {what})")
+            classes = torch.tensor(material.generated.classes)[rows]
+            self.held_out.setdefault(arm, []).append((logits.argmax(1) == classes).numpy())
+
+
+def train_arms(study: Study, material: Material, display: Display) -> tuple[Tested, Any]:
     """Fine-tune in all arms and seeds.
 
     Returns:
-        By arm, and seed by seed, whether the prediction for each test image is right, [N]; and the network of arm
-        `accepted` and the first seed.
+        What each is right on, and the network of arm `accepted` and the first seed.
     """
-    options, on_cpu = study.options, study.run.job.runtime.device == "cpu"
+    options, network = study.options, material.target.network
     training, progress = (
         material.real.samples(material.num_classes),
         _progress(options, 1 + len(material.arms.pools), display),
     )
-    right: dict[str, list[NDArray[np.bool_]]] = {BEFORE: [_right(network, material.test, BEFORE)]}
-    kept = None
+    tested, kept = Tested(), None
+    tested.add(BEFORE, network, material, BEFORE)
     for seed in range(options.num_seeds):
         for arm in (NONE, *material.arms.pools):
             trained = fine_tune(
@@ -47,12 +71,12 @@ def train_arms(
                 _drawn(material, arm, seed),
                 options.recipe,
                 seed=seed,
-                on_cpu=on_cpu,
+                on_cpu=study.on_cpu,
                 advance=progress(arm, seed),
             )
-            right.setdefault(arm, []).append(_right(trained, material.test, f"{arm}, seed {seed + 1}"))
+            tested.add(arm, trained, material, f"{arm}, seed {seed + 1}")
             kept = trained if (arm, seed) == (ACCEPTED, 0) else kept
-    return right, kept
+    return tested, kept
 
 
 def _drawn(material: Material, arm: str, seed: int) -> Samples | None:
@@ -63,17 +87,8 @@ def _drawn(material: Material, arm: str, seed: int) -> Samples | None:
     return material.generated.samples.take(pool[choose_rows(len(pool), material.arms.num_samples, seed)])
 
 
-def _right(network: Any, images: ImageSet, arm: str) -> NDArray[np.bool_]:
-    """Whether a network is right on each image.
-
-    Raises:
-        JobError: it gives values that are not finite.
-    """
-    return (finite_logits(network, images, f"--test (arm {arm})").argmax(1) == images.classes).numpy()
-
-
-def finite_logits(network: Any, images: ImageSet, what: str) -> Tensor:
-    """Logits [N, n] of a trained network.
+def finite_logits(network: Any, pixels: Tensor, what: str) -> Tensor:
+    """Logits [N, n] of a trained network for preprocessed images [N, 3, h, w].
 
     Args:
         what: the images, for messages.
@@ -81,11 +96,11 @@ def finite_logits(network: Any, images: ImageSet, what: str) -> Tensor:
     Raises:
         JobError: some are not finite.
     """
-    logits = predict(network, images.pixels)
+    logits = predict(network, pixels)
     if num := int((~usable_logits(logits)).sum()):
         raise JobError(
-            f"--learning-rate: after training the network gives {LOGITS_FAULT} for {num} of {len(images)} images of"
-            f" {what}; use a smaller one"
+            f"--learning-rate: after training the network gives {LOGITS_FAULT} for {num} of {len(pixels)} {what}; use a"
+            " smaller one"
         )
     return logits
 
