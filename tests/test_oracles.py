@@ -40,6 +40,7 @@ from engine.models.licences import OF_ZOO, licence_of
 from engine.models.neighbour_documents import FEATURES
 from engine.models.oracle_kinds import oracle_kind
 from engine.models.oracles import Oracle, load_oracle
+from engine.models.relabelled import load_oracle_for
 from engine.studies.rescore.program import rescore_run
 from tests.model_cases import sharded
 from tests.oracle_cases import CLIP, ORACLE, TARGET, job_with, made_neighbours, other_clip, with_weights
@@ -204,7 +205,7 @@ def test_a_clip_without_a_usable_prompt_is_refused(tmp_path: Path) -> None:
         lambda name, tensor: tensor * 0 if name.endswith("text_projection.weight") else tensor,
     )
     with pytest.raises(JobError, match="text embedding that is not finite or has no direction for 'a photo of a zero'"):
-        load_oracle(str(folder), "cpu", LABELS)
+        load_oracle_for(str(folder), "cpu", LABELS, {})
 
 
 # Checked before a worker starts --------------------------------------------------------------------------------------
@@ -312,7 +313,7 @@ def test_a_damaged_artefact_is_refused(kind: str, artefact: Path, tmp_path: Path
     else:
         check_addresses(job)
     with pytest.raises(JobError):
-        load_oracle(str(folder), "cpu", LABELS)
+        load_oracle_for(str(folder), "cpu", LABELS, {})
 
 
 def test_an_artefact_is_handed_on_with_its_encoder(
