@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from engine.methods.temperature import TemperatureFit
     from engine.studies.prepare.program import Prepared
 
+MAX_LINE_CHARS = 100
+
 
 def plan(
     job: JobArgument,
@@ -281,7 +283,8 @@ def _print_target(job: JobSpec, target: dict[str, Any]) -> None:
         print(f"target {number + 2}: {one['address']} guides too" + (f"; its temperature: {own}" if own else ""))
     if further := len(job.models.further_targets):
         print(f"each guided step differentiates {further + 1} targets")
-    print(_described_training(job)["line"])
+    line = _described_training(job)["line"]
+    print(line if len(line) <= MAX_LINE_CHARS else line.replace(": riskforge", ":\n  riskforge"))
     if job.oracle_guides:
         print(f"guidance differentiates the oracle {job.models.all_oracles[-1]} too; acceptance does not ask it")
 
