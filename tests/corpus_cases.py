@@ -15,10 +15,11 @@ from engine.data.run.finalise import finalise, mark_success
 from engine.data.run.resume import open_output
 from engine.data.run.shard_writing import stage_shard
 from engine.data.run.shards import shard_name
+from engine.data.run.stored_plan import publish_rounds
 from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
 from engine.job.columns import SCHEMA_VERSION
-from engine.job.plan import Plan, SampleSpec, ShardSpec, build_plan
+from engine.job.plan import Extent, Plan, SampleSpec, ShardSpec, build_plan
 from engine.job.records import SampleResult
 from tests.run_cases import DIGESTS, LABELS, make_job, make_result
 
@@ -38,6 +39,7 @@ def make_run(
     num_shards: int | None = None,
     image_format: str = "png",
     change: Change = lambda record: record,
+    rounds: tuple[Extent, ...] = (),
     **changes: Any,
 ) -> Path:
     """A run of noise images with drawn scores; every fifth sample is rejected, and its image stored.
@@ -46,12 +48,14 @@ def make_run(
         finish: whether it is closed and complete.
         num_shards: how many shards are committed; default: all.
         change: may alter each record before it is written.
+        rounds: of quotas, after the first ones.
     """
     output = {"uri": str(folder), "samples_per_shard": 16, "store_rejected": True, "image_format": image_format}
     job = make_job(folder, count=count, name=name, seed=seed, **{"output": output} | changes)
     planned = build_plan(job, labels, DIGESTS | {"target": target})
     store = open_store(str(folder))
     plan = open_output(store, Plan(planned.requests, planned.identity, planned.stages, version), job, "auto", False)
+    plan = publish_rounds(store, plan, rounds) if rounds else plan
     for shard in list(plan.shards())[:num_shards]:
         stem = shard_name(name, shard.number)
         staged = stage_shard(store.staging(), stem, _results(plan, shard, change, image_format), image_format, version)

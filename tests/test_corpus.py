@@ -27,6 +27,7 @@ from engine.data.run.shards import read_shard
 from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError, JobError, OutputError, RiskforgeError
 from engine.job.columns import COLUMNS
+from engine.job.plan import Extent
 from engine.report.render import write_report
 from engine.studies.compare.scored_run import read_scored_run
 from engine.studies.samples import open_study
@@ -129,6 +130,8 @@ def test_an_unfinished_run_knows_what_is_beyond_its_quotas(tmp_path: Path) -> No
             {"name": "all", "method": "prompt", "classes": "all", "count": 4, "accept": {"is_error": True}},
         ],
         "output": {"uri": str(tmp_path / "run"), "samples_per_shard": 3},
+        # Of a class four are wanted, and sixteen planned.
+        "rounds": tuple(Extent(request=1, cell=cell, start=4, stop=16, samples_per_shard=3) for cell in range(3)),
         "change": lambda record: record | {"accepted": True, "status": "ok"},
     }
     run = make_run(tmp_path / "run", finish=False, **about)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import itertools
 import json
@@ -449,3 +450,55 @@ def test_a_hostile_label_map_is_refused_by_name(tmp_path: Path, content: bytes, 
     with pytest.raises(JobError, match=re.escape(message)) as caught:
         open_images(str(root), ("cat", "dog"), "--train")
     assert all(line.startswith(f"--train: {root}/label_map.json: ") for line in caught.value.problems)
+
+
+# Contexts -------------------------------------------------------------------------------------------------------------
+
+
+def contexts_of(path: Path) -> dict[str, tuple[str, ...]]:
+    """The contexts of the images at a path, by the last part of their names."""
+    results = [item for item in open_images(str(path), DIGITS).read() if isinstance(item, LabelledImage)]
+    return {item.name.rpartition("/")[2]: item.contexts for item in results}
+
+
+def test_the_folder_below_a_class_is_the_context(tmp_path):
+    """Deeper ones belong to it; an image next to such folders has none, and is no context of its own elsewhere."""
+    files = {"three/red ink/a.png": 10, "three/red ink/day 2/b.png": 20, "three/c.png": 30, "eight/small/d.png": 40}
+    write_files(tmp_path / "set", {name: grey(level) for name, level in files.items()})
+    assert contexts_of(tmp_path / "set") == {
+        "a.png": ("red ink",), "b.png": ("red ink",), "c.png": ("",), "d.png": ("small",),
+    }  # fmt: skip
+    write_files(tmp_path / "plain", {"three/a.png": grey(10), "eight/b.png": grey(20)})
+    assert contexts_of(tmp_path / "plain") == {"a.png": (), "b.png": ()}
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("has_label", [True, False])
+def test_a_list_gives_contexts_with_labels_or_without(tmp_path, form, has_label):
+    """It comes before the folder's name; an empty cell, and a file that is not listed, have what the folder says."""
+    names = ["three/red ink/a.png", "three/red ink/b.png", "eight/c.png"]
+    write_files(tmp_path, {name: grey(10 * number) for number, name in enumerate(names, 1)})
+    rows = [{"file_name": names[0], "context": "blue, large"}, {"file_name": names[2], "context": ""}]
+    if has_label:
+        rows = [row | {"label": row["file_name"].partition("/")[0]} for row in rows]
+        rows.append({"file_name": names[1], "context": "night", "label": "three"})
+    if form == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "metadata.parquet")
+    elif form == "jsonl":
+        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        with (tmp_path / "metadata.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    second = "night" if has_label else "red ink"
+    assert contexts_of(tmp_path) == {"a.png": ("blue, large",), "b.png": (second,), "c.png": ("",)}
+    used, unusable = split(read(tmp_path, DIGITS))
+    assert sorted(used.values()) and not unusable
+
+
+def test_contexts_above_the_classes_are_refused_with_the_order(tmp_path):
+    """Otherwise every context would be a class that is not known."""
+    write_files(tmp_path, {"red ink/three/a.png": grey(10), "small/three/b.png": grey(20)})
+    reasons = [item.reason for item in open_images(str(tmp_path), DIGITS).read() if isinstance(item, Unusable)]
+    assert len(reasons) == 2 and all("the class comes first: CLASS/CONTEXT/NAME" in reason for reason in reasons)

@@ -248,20 +248,25 @@ def test_a_run_with_a_factory_next_to_the_job(home: Path, tmp_path: Path, call: 
     """The command from elsewhere; the manifest has the labels; changed weights are refused."""
     folder = tmp_path / "jobs"
     folder.mkdir()
-    (folder / "own_nets.py").write_text(FACTORY)
+    # A file that the factory opens is next to it too, and so is the folder that `verify` finds it in.
+    (folder / "own_nets.py").write_text(FACTORY.replace("seed=5", "seed=int(open('seed.txt').read())"))
+    (folder / "seed.txt").write_text("5")
+    kept = {"RISKFORGE_CACHE": str(tmp_path / "cache")}
     raw = job_of("own_nets:net", tmp_path)
     raw["models"] |= {"transfer": [str(home / "net.pt2")], "oracle": str(home / "net.pt")}
     path = write(raw, folder)
-    riskforge("run", path, "--executor", "local", folder=tmp_path)
+    riskforge("run", path, "--executor", "local", folder=tmp_path, **kept)
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
     assert manifest["models"]["target"]["labels"] == DIGITS and manifest["counts"]["samples"]["ok"] == 2
     assert call("report", tmp_path / "run")[0] == 0
-    # The three kinds score again what they scored; the factory is in the working folder here.
-    assert "no damage" in riskforge("verify", "--deep", tmp_path / "run", folder=folder).stdout
-    (folder / "own_nets.py").write_text(FACTORY.replace("seed=5", "seed=6"))
-    done = riskforge("run", path, "--executor", "local", folder=tmp_path, code=2)
+    # The three kinds score again what they scored.
+    assert "no damage" in riskforge("verify", "--deep", tmp_path / "run", folder=home, **kept).stdout
+    done = riskforge("verify", "--deep", tmp_path / "run", folder=home, code=2)
+    assert "there is no module 'own_nets'" in done.stderr
+    (folder / "seed.txt").write_text("6")
+    done = riskforge("run", path, "--executor", "local", folder=tmp_path, code=2, **kept)
     assert "models.target:" in done.stderr and "->" in done.stderr
-    done = riskforge("verify", "--deep", tmp_path / "run", folder=folder, code=2)
+    done = riskforge("verify", "--deep", tmp_path / "run", folder=home, code=2, **kept)
     assert "models.target" in done.stderr and "not the model that scored this run" in done.stderr
 
 

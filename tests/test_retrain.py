@@ -30,10 +30,12 @@ from engine.data.stores.opening import open_store
 from engine.driver.progress import PlainDisplay
 from engine.errors import EXIT_DRAINED, EXIT_USER, CorruptShardError, JobError, OutputError
 from engine.job.parsing import parse_job
+from engine.models import factories, program_description
 from engine.models.addresses import resolve
 from engine.models.classifier import Classifier, load_network
 from engine.models.digests import model_digest
 from engine.models.job_checks import check_addresses
+from engine.models.trainable import load_trainable
 from engine.studies.retrain.arms import choose_arms
 from engine.studies.retrain.options import RetrainOptions
 from engine.studies.retrain.program import retrain
@@ -41,6 +43,7 @@ from engine.studies.retrain.results import Retrained
 from engine.studies.samples import StudiedRun, is_plain
 from tests.composed import HOLES, KNOWN, TARGET, composed_job, make_run
 from tests.conftest import REPOSITORY
+from tests.program_cases import FACTORY
 
 RISKFORGE = str(Path(sys.executable).with_name("riskforge"))
 CONTEXTS = [*KNOWN, *HOLES]
@@ -320,6 +323,89 @@ def test_without_rejected_images_there_is_no_unfiltered_arm(home, target, small)
     # Also before the run is closed, when there is no manifest yet.
     (made / "manifest.json").unlink()
     assert study(made, small, home / "filtered-out", num_steps=3).comparison == done.comparison
+
+
+# Targets of other kinds ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_nets(home, monkeypatch) -> Path:
+    """A factory that can be imported, forgotten afterwards."""
+    folder = home / "own"
+    folder.mkdir(exist_ok=True)
+    (folder / "retrained_nets.py").write_text(FACTORY)
+    monkeypatch.setattr(program_description, "_KNOWN", {})
+    monkeypatch.setattr(factories, "_FOLDERS", [])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    factories.add_import_folders([str(folder)])
+    return folder
+
+
+def test_a_factory_is_fine_tuned_and_its_weights_are_a_target(own_nets, small, home):
+    """Named in a job, tuned again, compared with the run pair by pair; the held-out samples have a row."""
+    job = composed_job(home / "of-factory", count=4)
+    job = job.model_copy(update={"models": job.models.model_copy(update={"target": "retrained_nets:net"})})
+    made = make_run(job)
+    done = study(made, small, home / "tuned", num_steps=2, learning_rate=0.01)
+    folder = done.path / "model"
+    assert sorted(path.name for path in folder.iterdir()) == ["factory.json", "model.safetensors"]
+    kept, plain = Classifier.load(str(folder)), Classifier.load("retrained_nets:net")
+    images = [PIL.Image.new("RGB", (32, 32), (40 * row, 200, 20)) for row in range(4)]
+    assert kept.temperature == 2.0 and kept.labels == plain.labels
+    assert not torch.allclose(kept.score(images), plain.score(images), atol=1e-4)
+    assert done.document["model"]["digest"] == model_digest(str(folder)) != model_digest("retrained_nets:net")
+    row, rescored = done.document["held_out"], done.document["rescore"]
+    assert row["num_images"] == done.document["arms"]["held_out"] > 0 and row["before"]["value"] == 0.0
+    assert rescored["target"] == str(folder) and rescored["folder"] == "rescored" and rescored["comparison"]["requests"]
+    manifest = json.loads((done.path / "rescored/manifest.json").read_text())
+    assert manifest["models"]["target"]["address"] == manifest["job"]["models"]["target"] == str(folder)
+    # A job names the folder; its run is the next study's, whose result has the same factory.
+    job = job.model_copy(
+        update={"models": job.models.model_copy(update={"target": str(folder)}),
+                "output": job.output.model_copy(update={"uri": str(home / "of-tuned")})}
+    )  # fmt: skip
+    check_addresses(job)
+    again = study(make_run(job), small, home / "tuned-again", num_steps=1)
+    assert json.loads((again.path / "model/factory.json").read_text())["factory"] == "retrained_nets:net"
+
+
+def test_weights_that_a_factory_does_not_take_are_refused(own_nets, tmp_path):
+    """Other classes, a damaged document or file, another network: each names what to restore."""
+    trained = load_trainable("retrained_nets:net", "cpu")
+    trained.store(trained.network, tmp_path / "model", 1.5)
+    address, document = str(tmp_path / "model"), tmp_path / "model/factory.json"
+    text = document.read_text()
+    assert Classifier.load(address).temperature == 1.5 and model_digest(address) != model_digest("retrained_nets:net")
+    for changed, message in (
+        (text.replace("three", "tree"), "has other classes"),
+        ("{", "cannot be read"),
+        (text.replace("1.5", "-1"), "does not name a factory"),
+        (text.replace("retrained_nets:net", "../x"), "does not name a factory"),
+    ):
+        document.write_text(changed)
+        with pytest.raises(JobError, match=message):
+            Classifier.load(address)
+    document.write_text(text)
+    (tmp_path / "model/model.safetensors").write_bytes(b"torn")
+    with pytest.raises(JobError, match=r"does not hold the weights of 'retrained_nets:net'.*restore the factory"):
+        Classifier.load(address)
+
+
+def test_what_timm_saved_is_stored_as_timm_stores_it(tmp_path):
+    """The network of the next job, and of timm itself."""
+    timm = pytest.importorskip("timm")
+    network = timm.create_model("test_resnet", pretrained=False, num_classes=3)
+    named = {"label_names": ["cat", "dog", "ship"]}
+    timm.models.save_for_hf(network, str(tmp_path / "a"), model_config=named, safe_serialization=True)
+    trained = load_trainable(str(tmp_path / "a"), "cpu")
+    with torch.no_grad():
+        for weight in trained.network.parameters():
+            weight.mul_(1.1)
+    trained.store(trained.network, tmp_path / "b", 1.5)
+    pixels = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    again = timm.create_model(f"local-dir:{tmp_path / 'b'}", pretrained=True).eval()
+    assert torch.allclose(again(pixels), trained.network(pixels), atol=1e-4)
+    assert Classifier.load(str(tmp_path / "b")).temperature == 1.5
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from engine.methods.temperature import TemperatureFit
     from engine.studies.prepare.program import Prepared
 
+MAX_LINE_CHARS = 100
+
 
 def plan(
     job: JobArgument,
@@ -296,7 +298,8 @@ def _print_target(job: JobSpec, target: dict[str, Any]) -> None:
         print(f"target {number + 2}: {one['address']} guides too" + (f"; its temperature: {own}" if own else ""))
     if further := len(job.models.further_targets):
         print(f"each guided step differentiates {further + 1} targets")
-    print(_described_training(job)["line"])
+    training = _described_training(job)["line"]
+    print(training if len(training) <= MAX_LINE_CHARS else training.replace(": riskforge", ":\n  riskforge"))
     for line in _label_map_lines(job):
         print(line)
     if job.oracle_guides:

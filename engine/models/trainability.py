@@ -32,4 +32,4 @@ def training_line(address: str, run: str) -> str:
     problem = untrainable(address)
     if not problem:
         return "retrain: can fine-tune the target"
-    return f"retrain: not {problem}; a loop of your own: {export_command(run)}"
+    return f"retrain: not {problem}; for a training loop of your own: {export_command(run)}"

@@ -196,7 +196,9 @@ class _Folder:
         depth = len(home)
         below = [entry.parts[depth:] for entry in files if entry.parts[:depth] == home]
         folders = {parts[0] for parts in below if len(parts) > 1}
-        if not listings.listed and (problem := labelling.refuse_unknown(sorted(folders))):
+        # Where classes lie below, the images say that the class comes first.
+        has_classes = any(labelling.is_class(name) for parts in below for name in parts[1:-1])
+        if not (listings.listed or has_classes) and (problem := labelling.refuse_unknown(sorted(folders))):
             raise JobError(f"{self._option}: '{self._address}': {problem}")
         labelling.settle(listings.texts() if listings.listed else folders)
         has_contexts = bool(listings.contexts) or (

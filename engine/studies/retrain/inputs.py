@@ -86,10 +86,10 @@ def check_study(uri: str, options: RetrainOptions, folder: str | None) -> Study:
     """
     options.check()
     run = open_study(uri)
+    check_target(run)
     home = _home(run.store, folder)
     check_folder(home, DOCUMENT, (DOCUMENT, MODEL, RESCORED), STUDY)
     plain, risky = choose_arms(run, options)
-    check_target(run)
     _check_apart(home, run)
     labels = tuple(read_labels(run.job.models.target) or ())
     return Study(run=run, options=options, plain=plain, risky=risky, labels=labels, home=home)
