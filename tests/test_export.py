@@ -663,6 +663,7 @@ def test_inspect_saves_what_it_lists(
     for options, reason in (
         (("--key", "x", "--limit", "2"), "--limit: lists several samples"),
         (("--save", tmp_path / "a"), "--save: select samples with --filter"),
+        (("--filter", "accepted", "--save", "s3://bucket/a"), "images are written to folders alone"),
         (("--filter", "accepted", "--save", first / "manifest.json"), "--save"),
     ):
         assert riskforge("inspect", first, *options) == 2

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import os
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import PIL.Image
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from engine.data.images import LabelledImage, Unusable, open_images, some_of
+from engine.data.images import LabelledImage, Unusable, nothing_usable, open_images, some_of
 from engine.data.images.decode import EXTENSIONS, FORMATS
 from engine.data.images.splits import KEYWORDS, is_same_split
 from engine.data.reading.export import export
@@ -363,3 +367,85 @@ def test_every_command_counts_and_names_what_it_cannot_use(tmp_path):
     run = make_run(tmp_path / "run", count=2, name="h")
     done = export((str(run),), ExportOptions(output=str(tmp_path / "out"), real=path, real_ratio=0.05))
     assert any("5 real files could not be used: one/0.txt" in remark for remark in done.remarks)
+
+
+# Label maps ----------------------------------------------------------------------------------------------------------
+
+
+def folders_of(root: Path, *names: str) -> Path:
+    for number, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        PIL.Image.new("RGB", (8, 8), (number, 0, 0)).save(root / name / "a.png")
+    return root
+
+
+def test_folders_of_other_names_are_refused_with_both_lists_and_a_map_that_works(tmp_path: Path) -> None:
+    """What the message offers makes the folders readable, once what it names as missing is added."""
+    root, labels = folders_of(tmp_path / "data", "Cats", "dogs", "avian"), ("cat", "dog", "bird")
+    with pytest.raises(JobError) as caught:
+        open_images(str(root), labels, "--real")
+    text = str(caught.value)
+    assert text.startswith(f"--real: '{root}': the labels 'Cats', 'avian', 'dogs' are no classes of the target, whose")
+    assert "'cat', 'dog', 'bird' no label names" in text and f"in '{root}/label_map.json': " in text
+    offered = json.loads(re.search(r"\{.*\}", text)[0])
+    assert offered == {"Cats": "cat", "dogs": "dog"} and "and in it what means 'bird'" in text
+    (root / "label_map.json").write_text(json.dumps(offered | {"avian": "bird"}))
+    results = list(open_images(str(root), labels).read())
+    assert {(result.name, result.class_index) for result in results} == {
+        ("Cats/a.png", 0), ("dogs/a.png", 1), ("avian/a.png", 2),
+    }  # fmt: skip
+
+
+def test_a_label_map_goes_before_names_leaves_out_and_is_accounted_for(tmp_path: Path) -> None:
+    """Also from a folder above, for several splits; several labels of one class; an idle line is reported."""
+    root = folders_of(tmp_path / "data", "train/tabby", "train/siamese", "train/fox", "train/dog")
+    entries = {"TABBY": "cat", "siamese": 0, "fox": None, "dog": "1", "wolf": "dog"}
+    (root / "label_map.json").write_text(json.dumps(entries))
+    results = list(open_images(f"{root}/train", ("cat", "dog")).read())
+    images = {result.name: result.class_index for result in results if isinstance(result, LabelledImage)}
+    assert images == {"tabby/a.png": 0, "siamese/a.png": 0, "dog/a.png": 1}
+    [left] = [result for result in results if isinstance(result, Unusable)]
+    assert (left.name, left.reason) == ("fox/a.png", "'fox' is left out by label_map.json")
+    shutil.move(root / "label_map.json", root / "train/label_map.json")
+    idle = [result for result in open_images(f"{root}/train", ("cat", "dog")).read() if result.name == "label_map.json"]
+    assert [one.reason for one in idle] == ["names the label 'wolf', and no folder is called so"]
+
+
+def test_a_label_map_maps_the_labels_of_tables_too(tmp_path: Path) -> None:
+    """Texts, and numbers without names, of a single file as of a folder; unknown ones come with the map to write."""
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    rows = [{"image": {"bytes": buffer.getvalue()}, "label": label} for label in ("cats", "dogs")]
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    source = open_images(str(path), ("cat", "dog"))
+    unusable = [result for result in source.read() if isinstance(result, Unusable)]
+    text = nothing_usable(source, "--data", str(path), unusable)
+    assert f'\'{tmp_path}/label_map.json\': {{"cats": "cat", "dogs": "dog"}}; null leaves a label out' in text
+    (tmp_path / "label_map.json").write_text('{"cats": "dog", "dogs": "cat"}')
+    for address in (path, tmp_path):
+        assert [result.class_index for result in open_images(str(address), ("cat", "dog")).read()] == [1, 0]
+    (tmp_path / "label_map.json").write_text('{"0": "dog", "1": "cat"}')
+    pq.write_table(pa.Table.from_pylist([row | {"label": place} for place, row in enumerate(rows)]), path)
+    assert [result.class_index for result in open_images(str(path), ("cat", "dog")).read()] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[1]", "is not a mapping of class names"), (b"{", "property name"),
+        (b"\xff\xfe{", "decode"), (b"", "Expecting value"),
+        (b'{"a": true}', "has True"), (b'{"a": [1]}', "neither a class name nor an index"), (b'{"": "cat"}', "has ''"),
+        (b'{"a": "cta"}', "'cta' is not a class of the target; did you mean 'cat'?"), (b'{"a": 7}', "'7' is not a"),
+        (b'{"a": "cat", "A": "dog"}', "names 'A' twice"), (b'{"a": "cat", "a": "dog"}', "it holds 'a' twice"),
+        (b'{"a": 1e400}', "too large"), (b'{"a": NaN}', "it holds NaN"), (b"[" * 5000, "nested too deeply"),
+        (b" " * (2**22 + 1), "bytes"),
+    ],
+)  # fmt: skip
+def test_a_hostile_label_map_is_refused_by_name(tmp_path: Path, content: bytes, message: str) -> None:
+    """With option and file, before any image is read."""
+    root = folders_of(tmp_path / "data", "cat")
+    (root / "label_map.json").write_bytes(content)
+    with pytest.raises(JobError, match=re.escape(message)) as caught:
+        open_images(str(root), ("cat", "dog"), "--train")
+    assert all(line.startswith(f"--train: {root}/label_map.json: ") for line in caught.value.problems)

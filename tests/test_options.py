@@ -72,7 +72,8 @@ EVALUATE = {
 }  # fmt: skip
 EXPORT = {
     "output": "f", "samples_per_shard": 3, "seed": 4, "name": "n", "deduplicate": 0.9, "clip": "c", "real": "d",
-    "real_ratio": 0.0, "with_rejected": True, "with_surplus": False, "allow_different_targets": True,
+    "real_ratio": 0.0, "real_classes": "all", "license": "MIT", "authors": ("e", "g"),
+    "with_rejected": True, "with_surplus": False, "allow_different_targets": True,
 }  # fmt: skip
 MERGE = EXPORT | {"condition": "", "format": "webdataset", "0": ("a", "b")}
 RESCORE = {"0": "run", "1": "t", "transfer": ["a", "b"], "oracles": ["o"], "output": "f"}
@@ -82,7 +83,8 @@ CURATE = {
     "selection": SelectionOptions(num_candidates=5, among="class", seed=7, scale=0.5),
 }  # fmt: skip
 EXPORTED = ("a", "b", "--output", "f", "--samples-per-shard", 3, "--seed", 4, "--name", "n", "--deduplicate", 0.9)
-MIXED = ("--clip", "c", "--mix-real", "d", "--real-ratio", 0, "--with-rejected", "--allow-different-targets")
+MIXED = ("--clip", "c", "--mix-real", "d", "--real-ratio", 0, "--real-classes", "all", "--with-rejected")
+NAMED = ("--license", "MIT", "--author", "e", "--author", "g", "--allow-different-targets")
 
 
 @pytest.mark.parametrize(
@@ -101,10 +103,11 @@ MIXED = ("--clip", "c", "--mix-real", "d", "--real-ratio", 0, "--with-rejected",
              "--inception", "i", "--failures", "all", "--limit", 5, "--output", "f"),
             EVALUATE,
         ),
-        ("engine.data.reading.export.export", ("merge", *EXPORTED, *MIXED), MERGE),
+        ("engine.data.reading.export.export", ("merge", *EXPORTED, *MIXED, *NAMED), MERGE),
         (
             "engine.data.reading.export.export",
-            ("export", *EXPORTED, *MIXED, "--filter", "risk > 1", "--format", "imagefolder", "--folders", "name"),
+            ("export", *EXPORTED, *MIXED, *NAMED, "--filter", "risk > 1", "--format", "imagefolder",
+             "--folders", "name"),
             EXPORT | {"condition": "risk > 1", "format": "imagefolder", "folders": "name"},
         ),
         (

@@ -103,7 +103,8 @@ Every sample has a `.json` in its tar and a row in the parquet next to it; `meta
 shards. Each field is always there and has one type, so that any reader infers one schema: where a field does not
 apply it is empty text, an empty list, 0, false, or -1 for a class. There are no nulls and no NaN. Scores are of the
 stored 8-bit image; logarithms are natural. In `transfer`, a model with ` (guides)` after its name is a further target
-of an [ensemble](methods.md#ensembles-of-targets), which was guided on.
+of an [ensemble](methods.md#ensembles-of-targets), which was guided on. The class that an oracle or transfer model
+predicts is -2 where it is none of the target's ([label maps](targets.md#label-maps)).
 
 `scored` is false of failed samples and of real images that were mixed in. What models measure means nothing there,
 whatever the columns hold, and filters on them select neither such a row nor, negated, its opposite: {{measured}}.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -248,10 +249,16 @@ def _keep(run: str, document: dict[str, Any], notice: Callable[[str], None]) -> 
         notice(f"{run}: the comparison is not kept in the run, so its report does not have it ({error})")
 
 
-def print_rescored(rescored: Rescored) -> None:
-    """Print the scores before and after, and the folder of the new ones."""
-    if rescored.comparison is not None:
-        _print_tables(rescored.comparison)
+def print_rescored(rescored: Rescored, *, has_groups: bool = True) -> None:
+    """Print the scores before and after, and the folder of the new ones.
+
+    Args:
+        has_groups: with rows for classes and contexts, not for requests alone.
+    """
+    comparison = rescored.comparison
+    if comparison is not None:
+        rows = tuple(row for row in comparison.rows if has_groups or row.level == "request")
+        _print_tables(replace(comparison, rows=rows))
     else:
         print(f"not compared: {rescored.reason}")
     print(

@@ -15,6 +15,7 @@ from engine.commands.output import MAX_LISTED, complain, make_console, make_disp
 from engine.commands.sample_list import print_samples
 from engine.commands.stopping import NOTHING_STORED, stop_on_signals
 from engine.data.reading.format_registry import DEFAULT_FORMAT, FORMATS
+from engine.data.stores.opening import OBJECT_SCHEMES
 from engine.errors import EXIT_DAMAGED, CorruptShardError, JobError
 from engine.terminal import ELLIPSIS, printable
 from engine.terminal import show as print
@@ -137,6 +138,9 @@ def inspect(
         raise JobError("--save: select samples with --filter, or one with --key")
     if key is not None and limit is not None:
         raise JobError("--limit: lists several samples, and --key shows one; use one of them")
+    # A path has lost a slash of the address.
+    if save is not None and str(save).partition(":/")[0].lower() in OBJECT_SCHEMES:
+        raise JobError(f"--save {save}: images are written to folders alone; give a folder")
     if image != "sample" and save is None:
         raise JobError(f"--image {image}: says what --save writes; give --save PATH")
     corpus = engine.open_run(*runs)
@@ -182,7 +186,8 @@ def _list_samples(corpus: Corpus, limit: int | None, save: Path | None, image: s
     """Print what is in the selected rows, and list them; write their images."""
     from engine.data.reading import listing
 
-    samples = listing.list_samples(corpus, limit)
+    most = limit if as_json or save is not None else limit or MAX_LISTED
+    samples = listing.list_samples(corpus, most)
     saved = None if save is None else listing.save_images(corpus, samples, save, image)
     further: dict[str, Any] = {}
     if as_json:

@@ -434,6 +434,8 @@ def _print_prepared(prepared: Prepared, job: JobSpec) -> None:
         print(f"encoder        {prepared.encoder}")
     print(f"unusable       {len(content.unusable)}")
     print_some([f"{image.name}: {image.reason}" for image in content.unusable])
+    if prepared.advice:
+        warn(prepared.advice)
     print(f"target errors  {num_errors} ({num_errors / num_images:.1%})")
     if prepared.encoder:
         _print_predictor(prepared.conditioning)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.commands.output import print_some
+from engine.commands.output import print_some, warn
 from engine.errors import JobError
 from engine.job.columns import MIN_ORACLE_P_LABEL
 from engine.models.configurations import NEIGHBOURS_DOCUMENT
@@ -28,6 +28,8 @@ def print_neighbours(prepared: Prepared, job: JobSpec) -> None:
         print(f"duplicates     {neighbours.num_duplicates} left out")
     print(f"unusable       {len(neighbours.unusable)}")
     print_some([f"{image.name}: {image.reason}" for image in neighbours.unusable], NEIGHBOURS_DOCUMENT)
+    if prepared.advice:
+        warn(prepared.advice)
     print(f"vote           of {vote.k} neighbours, temperature of similarities {vote.tau:g}")
     print(f"temperature    {neighbours.fit.calibration:.4g}")
     print(

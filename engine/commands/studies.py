@@ -190,7 +190,8 @@ def _print_retrained(retrained: Retrained) -> None:
     for finding in retrained.findings:
         print(finding)
     print()
-    print_rescored(retrained.rescored)
+    print("All samples of the run again, those that it was trained on among them:")
+    print_rescored(retrained.rescored, has_groups=False)
     print()
     print(f"generated    {retrained.arms.num_samples} samples in each of {', '.join(retrained.arms.pools)}")
     print(f"held out     {len(retrained.arms.held_out)} accepted samples, by start and seed")

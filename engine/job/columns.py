@@ -293,8 +293,7 @@ RECORD_COLUMNS: tuple[Column, ...] = (
     ),
     Column(
         name="oracle_class", type="int", is_class=True, measured_by="oracle", alias="oracle",
-        description="class that the independent oracle predicts; -1 without an oracle, -2 for one that is none of the"
-        " target's (`models.label_map`)",
+        description="class that the independent oracle predicts; -1 without an oracle",
         roles=Role.ACCEPTS | Role.VERIFIED,
     ),
     Column(
@@ -302,8 +301,7 @@ RECORD_COLUMNS: tuple[Column, ...] = (
     ),
     Column(
         name="transfer", type="transfers", measured_by="transfer",
-        description="predicted class (-2: none of the target's) and risk under each classifier that was scored and"
-        " never guided on",
+        description="predicted class and risk under each classifier that was scored and never guided on",
         parts=(
             Part(name="model", type="str"),
             Part(name="predicted_class", type="int", is_class=True),

@@ -168,6 +168,15 @@ def _resolved(
     return given, problems
 
 
+def find_label(labels: Sequence[str], owner: str) -> Callable[[str], int]:
+    """What gives the index of the class of a name or index; it raises a `ValueError` in words where there is none.
+
+    Args:
+        owner: of the classes, for messages.
+    """
+    return _Lookup(labels, owner).index
+
+
 class _Lookup:
     """Finds the classes that entries name: as `find_class`, in lists of any length."""
 
@@ -204,20 +213,20 @@ class _Lookup:
 def _difference(theirs: Sequence[str], ours: Sequence[str], name: str, place: str) -> str:
     """That names differ, with both lists and the map that would say which are which."""
 
-    def placed(pairs: Any) -> Any:
-        return {name: pairs} if place else {"models": {"label_map": {name: pairs}}}
+    def written(pairs: Any) -> str:
+        return _yaml({name: pairs} if place else {"models": {"label_map": {name: pairs}}})
 
     shared = [label for label, count in Counter(ours).items() if count > 1]
     if shared and sorted(theirs) == sorted(ours):
-        example = _yaml(placed({0: 1, 1: 0}))
+        example = written({0: 1, 1: 0})
         return (
             f"'{name}' has the target's classes in another order, and several are called {listed(shared)}: map the"
             f" classes by their indices{place}, as in {example}"
         )
-    only_theirs, only_ours = _without(theirs, ours), _without(ours, theirs)
+    only_theirs, only_ours = without(theirs, ours), without(ours, theirs)
     owner = "the run" if place else "the target"
     lists = both_lists(only_theirs, theirs, only_ours, owner)
-    offered = offered_map(only_theirs, only_ours, placed)
+    offered = offered_map(only_theirs, only_ours, written)
     return f"'{name}' has other classes than {owner}: {lists}; say which are which{place}: {offered}"
 
 
@@ -236,7 +245,7 @@ def _side(own: Sequence[str]) -> str:
     return listed(own) if own else "nothing else"
 
 
-def _without(labels: Sequence[str], others: Sequence[str]) -> list[str]:
+def without(labels: Sequence[str], others: Sequence[str]) -> list[str]:
     known = set(others)
     return [label for label in dict.fromkeys(labels) if label not in known]
 
@@ -248,21 +257,19 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(texts) + (f" and {more} more" if more > 0 else "")
 
 
-def offered_map(
-    theirs: Sequence[str], ours: Sequence[str], placed: Callable[[dict[str, str]], Any] = lambda pairs: pairs
-) -> str:
-    """A map in YAML, filled in where names are nearly equal, and what is left to fill in.
+def offered_map(theirs: Sequence[str], ours: Sequence[str], written: Callable[[dict[str, str]], str]) -> str:
+    """A map that is filled in where names are nearly equal, and what is left to fill in.
 
     Args:
         theirs, ours: names that only one of two lists has.
-        placed: what a file has for a map.
+        written: a map as a file has it.
     """
     pairs = nearly_equal(theirs, ours)
     some = dict(list(pairs.items())[:_MAX_ENTRIES])
     if not some and theirs and ours:
         some = {theirs[0]: ours[0]}
-        return f"{_yaml(placed(some))}, if {theirs[0]!r} means {ours[0]!r}, and so on"
-    text = _yaml(placed(some))
+        return f"{written(some)}, if {theirs[0]!r} means {ours[0]!r}, and so on"
+    text = written(some)
     if len(pairs) > len(some):
         text += f" and {len(pairs) - len(some)} more"
     known = set(pairs.values())

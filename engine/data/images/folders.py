@@ -11,6 +11,7 @@ from engine.data.images.decode import EXTENSIONS
 from engine.data.images.file_tree import Entry, list_files
 from engine.data.images.ignored import why_ignored
 from engine.data.images.image_source import ImageSource, Unusable, unusable
+from engine.data.images.label_files import LABEL_MAP, read_label_map
 from engine.data.images.labelling import Labelling
 from engine.data.images.listings import NAMES, Listings, key_of
 from engine.data.images.parquet_files import has_images, parquet
@@ -64,7 +65,9 @@ class _Folder:
     """A folder that is being opened."""
 
     def __init__(self, root: Path, labels: tuple[str, ...], option: str, address: str, split: str) -> None:
-        self._root, self._labels, self._split = root, labels, split
+        self._root, self._split = root, split
+        names = read_label_map(root, labels, option)
+        self._labelling = Labelling(labels, names, root)
         self._option, self._address = option, address.rstrip("/") or address
         entries = list_files(root)
         self._check_cache(entries)
@@ -106,6 +109,8 @@ class _Folder:
             entry.parts[0] in _INTERNAL
             or (entry.extension not in _DATA and (len(entry.parts) == 1 or entry.parts[0] == SHARDS))
         )
+        if entry.place == LABEL_MAP:
+            return False
         reason = entry.problem or why_ignored(entry.place)
         if reason and not is_engines:
             self._unread.append(unusable(entry.place, reason))
@@ -116,7 +121,7 @@ class _Folder:
         known = set(shards)
         others = [entry for entry in self._entries if entry not in known and entry.extension != "parquet"]
         home = self._root / SHARDS
-        source = webdataset([self._root / entry.place for entry in shards], self._labels, home)
+        source = webdataset([self._root / entry.place for entry in shards], self._labelling, home)
         return source.with_unread([*self._unread, *_left_out(others, "the shards of a run")])
 
     def _of_containers(
@@ -178,33 +183,40 @@ class _Folder:
         )
 
     def _open_tars(self, files: Sequence[Entry]) -> ImageSource:
-        return webdataset([self._root / entry.place for entry in files], self._labels, self._root)
+        return webdataset([self._root / entry.place for entry in files], self._labelling, self._root)
 
     def _open_tables(self, files: Sequence[Entry]) -> ImageSource:
         paths = [self._root / entry.place for entry in files]
-        return parquet(paths, self._labels, card_class_names(self._root), self._root)
+        return parquet(paths, self._labelling, card_class_names(self._root), self._root)
 
     def _of_classes(self) -> ImageSource:
-        labelling, listings = Labelling(self._labels), self._listings()
+        labelling, listings = self._labelling, self._listings()
         files = [entry for entry in self._entries if entry.name not in NAMES or entry.place in listings.problems]
         home = self._class_home(files, labelling)
         depth = len(home)
         below = [entry.parts[depth:] for entry in files if entry.parts[:depth] == home]
         folders = {parts[0] for parts in below if len(parts) > 1}
+        if not listings.listed and (problem := labelling.refuse_unknown(sorted(folders))):
+            raise JobError(f"{self._option}: '{self._address}': {problem}")
         labelling.settle(listings.texts() if listings.listed else folders)
         has_contexts = bool(listings.contexts) or (
             not listings.listed and any(context_folder(entry, home) for entry in files)
         )
         reader = ClassReader(self._root, home, labelling, listings, has_contexts)
         items = [partial(reader.read, entry) for entry in files]
-        source = ImageSource(KIND, len(items), (partial(iter, items),))
+        source = ImageSource(KIND, len(items), (partial(iter, items),), labelling=labelling)
+        is_own_map = not listings.listed and (self._root / LABEL_MAP).is_file()
+        idle = [
+            unusable(LABEL_MAP, f"names the label {text!r}, and no folder is called so")
+            for text in (labelling.unused(folders) if is_own_map else ())
+        ]
         places = {key_of(entry.place) for entry in files}
         missing = [
             unusable(place, f"is listed in {listing}, and is not there")
             for place, (_, listing) in listings.listed.items()
             if place not in places
         ]
-        return source.with_unread([*self._unread, *missing])
+        return source.with_unread([*self._unread, *missing, *idle])
 
     def _listings(self) -> Listings:
         listings = Listings()

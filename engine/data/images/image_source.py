@@ -12,6 +12,7 @@ from typing import Any
 import PIL.Image
 
 from engine.data.images.decode import SYNTHETIC_MARK, UnusableImageError, brief, decode_rgb, plain
+from engine.data.images.labelling import Labelling
 
 SOUGHT = (
     "class folders with images (CLASS/*.png, CLASS being a name or an index), WebDataset tars (*.tar with .png and"
@@ -66,12 +67,19 @@ class ImageSource:
         num_images: number of images to try, or None where only reading shows it.
         files: each starts from its beginning: a tar, a table, the whole of a folder.
         num_bytes: size of the files, where `num_images` is not known.
+        labelling: by which labels are read; it knows which of those that were read are no classes.
     """
 
     kind: str
     num_images: int | None
     files: tuple[Callable[[], Iterator[Item]], ...]
     num_bytes: int = 0
+    labelling: Labelling | None = dataclasses.field(default=None, compare=False)
+
+    @property
+    def advice(self) -> str:
+        """What to do about labels that are no classes, of the images that were read; empty where all are."""
+        return self.labelling.advice() if self.labelling else ""
 
     def read(self) -> Iterator[ReadResult]:
         """All results; equal files give equal results in equal order."""
@@ -149,4 +157,5 @@ def nothing_usable(source: ImageSource, option: str, address: str, unusable: Seq
     """What to report where no image of a source can be used."""
     if not unusable:
         return f"{option}: '{address}' has no image (read as {source.kind}); give {SOUGHT}"
-    return f"{option}: '{address}' has no usable image (read as {source.kind}): {some_of(unusable)}; give {SOUGHT}"
+    text = f"{option}: '{address}' has no usable image (read as {source.kind}): {some_of(unusable)}"
+    return f"{text}; {source.advice or f'give {SOUGHT}'}"

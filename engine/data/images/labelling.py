@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from engine.data.images.decode import UnusableImageError
-from engine.job.class_lookup import find_class, has_numeric_names, is_index
+from engine.data.images.label_files import LABEL_MAP, LEFT_OUT, as_json
+from engine.job.class_lookup import find_class, folded, has_numeric_names, is_index
+from engine.job.label_maps import listed, offered_map
 from engine.job.spec_messages import nearest
 
 # ImageNet's folders and labels.
@@ -22,10 +25,18 @@ class Labelling:
 
     A text is a class name; where it is a number, it is an index, unless classes are called by numbers or other labels
     of the set are names. So no label is read in two ways, and none by trying one after the other.
+
+    Args:
+        labels: class names of the target in index order.
+        names: the label map of the set (`engine.data.images.label_files`), which goes before everything else.
+        folder: where a label map of the set would be, for messages.
     """
 
-    def __init__(self, labels: tuple[str, ...]) -> None:
+    def __init__(
+        self, labels: tuple[str, ...], names: Mapping[str, int] | None = None, folder: Path | None = None
+    ) -> None:
         self.labels = labels
+        self._names, self._folder = names or {}, folder
         self._is_numeric = has_numeric_names(labels)
         self._has_names = self._is_numeric
         self._found: dict[str, list[int]] = {}
@@ -70,6 +81,8 @@ class Labelling:
             UnusableImageError: no such class, or no way to know which.
         """
         text = text.strip()
+        if self._is_mapped(text):
+            return self.of_name(text)
         index = int(text) if is_index(text) else len(self.labels)
         if self._is_numeric and index < len(self.labels) and self._find(text) not in ([], [index]):
             raise UnusableImageError(f"has the label {text!r}: {_NUMERIC}, so it may be a name or an index; {_REMEDY}")
@@ -86,6 +99,8 @@ class Labelling:
             raise UnusableImageError(f"{name!r} is the name of classes {', '.join(map(str, classes))}; give the index")
         if not classes:
             raise UnusableImageError(f"{name!r} is not a class of the target" + self._remedy(name))
+        if classes[0] == LEFT_OUT:
+            raise UnusableImageError(f"{name!r} is left out by {LABEL_MAP}")
         return classes[0]
 
     def of_named_index(self, name: str, index: int) -> int:
@@ -118,6 +133,8 @@ class Labelling:
         if isinstance(value, str):
             return self.of_text(value)
         check_label(value)
+        if self._is_mapped(str(value)):
+            return self.of_name(str(value))
         if self._is_numeric and self._find(str(value)) != [value]:
             raise UnusableImageError(f"has the label {value}: {_NUMERIC}, so it may be a name or an index; {_REMEDY}")
         if self._has_names and not self._is_numeric:
@@ -134,11 +151,11 @@ class Labelling:
 
     def is_label(self, text: str) -> bool:
         """Whether a text is read as a label of a class, be it a name or an index."""
-        try:
-            self.of_text(text)
-        except UnusableImageError:
-            return self.is_class(text)
-        return True
+        text = text.strip()
+        if self._find(text):
+            return True
+        is_number = is_index(text) and not self._is_numeric and not self._has_names
+        return is_number and int(text) < len(self.labels)
 
     def _remedy(self, name: str) -> str:
         """What to do about a name of no class, or nothing."""
@@ -147,9 +164,40 @@ class Labelling:
             self._remedies[name] = _WORDNET_REMEDY if is_wordnet else nearest(name, list(self.labels))
         return self._remedies[name]
 
+    def advice(self) -> str:
+        """Which of the labels that were read are no classes, and the map that would say which they are; or nothing."""
+        unknown = list(self._remedies)
+        if not unknown:
+            return ""
+        known = {index for classes in self._found.values() for index in classes}
+        missing = [label for index, label in enumerate(self.labels) if index not in known]
+        place = f"'{self._folder / LABEL_MAP}'" if self._folder else LABEL_MAP
+        shown = f", whose {listed(missing)} no label names" if missing else ""
+        return (
+            f"the labels {listed(unknown)} are no classes of the target{shown}; say which are which in {place}:"
+            f" {offered_map(unknown, missing, as_json)}; null leaves a label out"
+        )
+
+    def unused(self, texts: Iterable[str]) -> list[str]:
+        """Labels of the label map that none of some labels is."""
+        known = set(map(folded, texts))
+        return [text for text in self._names if text not in known]
+
+    def refuse_unknown(self, texts: Sequence[str]) -> str:
+        """Why none of several names can be used; nothing where one can, or where numbers have messages of their own."""
+        are_names = all(any(character.isalpha() for character in text) for text in texts)
+        if len(texts) < 2 or not are_names or any(self.is_label(text) for text in texts):
+            return ""
+        for text in texts:
+            self._remedy(text)
+        return self.advice()
+
+    def _is_mapped(self, text: str) -> bool:
+        return bool(self._names) and folded(text) in self._names
+
     def _find(self, name: str) -> list[int]:
         if name not in self._found:
-            self._found[name] = find_class(name, self.labels)
+            self._found[name] = [self._names[folded(name)]] if self._is_mapped(name) else find_class(name, self.labels)
         return self._found[name]
 
 

@@ -12,6 +12,7 @@ import PIL.Image
 
 from engine.data.images.folders import open_folder
 from engine.data.images.image_source import SOUGHT, ImageSource, Item, LabelledImage, ReadResult
+from engine.data.images.label_files import read_label_map
 from engine.data.images.labelling import Labelling
 from engine.data.images.parquet_files import parquet
 from engine.data.images.splits import card_class_names, has_splits
@@ -68,10 +69,15 @@ def open_images(address: str, labels: tuple[str, ...], option: str = "--data") -
 
 def _of_file(path: Path, labels: tuple[str, ...], option: str) -> ImageSource:
     if path.suffix.lower() == ".tar":
-        return webdataset([path], labels)
+        return webdataset([path], _labelling(path, labels, option))
     if path.suffix.lower() == ".parquet":
-        return parquet([path], labels, card_class_names(path.parent))
+        return parquet([path], _labelling(path, labels, option), card_class_names(path.parent))
     raise JobError(f"{option}: '{path}' is neither a .tar nor a .parquet file; give {SOUGHT}")
+
+
+def _labelling(path: Path, labels: tuple[str, ...], option: str) -> Labelling:
+    """How the labels of a file are read."""
+    return Labelling(labels, read_label_map(path.parent, labels, option), path.parent)
 
 
 def _folder_of_splits(path: Path) -> Path | None:

@@ -71,7 +71,10 @@ class LabelColumn:
 
 
 def parquet(
-    paths: Sequence[Path], labels: tuple[str, ...], class_names: tuple[str, ...] | None = (), root: Path | None = None
+    paths: Sequence[Path],
+    labels: Labelling | tuple[str, ...],
+    class_names: tuple[str, ...] | None = (),
+    root: Path | None = None,
 ) -> ImageSource:
     """Rows of parquet files as Hugging Face has them.
 
@@ -80,13 +83,16 @@ def parquet(
     taken along.
 
     Args:
+        labels: class names of the target in index order, or how labels are read.
         class_names: those of the files that name none of their own, as a data set's card has them; None where it has
             several lists.
         root: what the names of the files are relative to; their own folders where not given.
     """
-    tables = _Tables(tuple(paths), Labelling(labels), class_names, root)
+    labelling = labels if isinstance(labels, Labelling) else Labelling(labels)
+    tables = _Tables(tuple(paths), labelling, class_names, root)
     sizes = [_num_rows(path) for path in paths]
-    return ImageSource(KIND, sum(sizes), tuple(partial(tables.items, path) for path in paths))
+    files = tuple(partial(tables.items, path) for path in paths)
+    return ImageSource(KIND, sum(sizes), files, labelling=labelling)
 
 
 class _Tables:

@@ -40,7 +40,7 @@ MAX_JSON_BYTES = 16 * 2**20
 _NO_LABEL = "has no label: neither a .cls nor a `class_index` or `class_name` in .json can be read"
 
 
-def webdataset(paths: Sequence[Path], labels: tuple[str, ...], root: Path | None = None) -> ImageSource:
+def webdataset(paths: Sequence[Path], labels: Labelling | tuple[str, ...], root: Path | None = None) -> ImageSource:
     """Samples of tars: adjacent members that share their name up to the first dot, or the last where that pairs them.
 
     The image is the member with an extension of `EXTENSIONS`; the class is in `.cls` (an index or a name), and as
@@ -48,15 +48,17 @@ def webdataset(paths: Sequence[Path], labels: tuple[str, ...], root: Path | None
     of a sample are counted by extension. Rejected and surplus samples of a run are reported.
 
     Args:
+        labels: class names of the target in index order, or how labels are read.
         root: what the names of the tars are relative to; their own folders where not given.
 
     Raises:
         UnsuitableFileError: what a run does not count cannot be read.
     """
     surplus = frozenset[str]().union(*(surplus_keys(folder) for folder in {path.parent for path in paths}))
-    tars = _Tars(tuple(paths), Labelling(labels), root, surplus)
+    labelling = labels if isinstance(labels, Labelling) else Labelling(labels)
+    tars = _Tars(tuple(paths), labelling, root, surplus)
     num_bytes = sum(path.stat().st_size for path in paths)
-    return ImageSource(KIND, None, tuple(partial(tars.items, path) for path in paths), num_bytes)
+    return ImageSource(KIND, None, tuple(partial(tars.items, path) for path in paths), num_bytes, labelling)
 
 
 class _Tars:

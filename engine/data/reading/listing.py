@@ -19,6 +19,7 @@ from engine.data.stores.file_errors import explained
 from engine.errors import CorruptShardError, OutputError, StoreLostError
 from engine.job.class_names import distinct_names
 from engine.job.columns import NO_CLASS, PAIR_COLUMNS
+from engine.models.untrusted_files import UnsuitableFileError, read_whole
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -250,7 +251,7 @@ def _write(path: Path, data: bytes) -> bool:
     """
     with explained(f"--save: {path}"):
         if os.path.lexists(path):
-            if path.is_symlink() or not path.is_file() or path.read_bytes() != data:
+            if path.is_symlink() or not _holds(path, data):
                 raise OutputError(f"--save: {path} is there already, with other content; choose another folder")
             return False
         with path.open("xb") as file:
@@ -261,3 +262,11 @@ def _write(path: Path, data: bytes) -> bool:
                 path.unlink()
                 raise
     return True
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    """Whether a path is a file with this content."""
+    try:
+        return read_whole(path, len(data)) == data
+    except UnsuitableFileError:
+        return False

@@ -41,21 +41,32 @@ def comparison_title(comparison: RunComparison) -> str:
     title = f"{' -> '.join(night_names(comparison.old, comparison.new))}. {_heading(comparison)}"
     if len(comparison.rows) > MAX_GROUP_ROWS:
         title += f"; {MAX_GROUP_ROWS} of {len(comparison.rows)} rows, --json has all"
+    if equal := equal_medians(comparison):
+        title += f"; equal in every row: {', '.join(map(metric_name, equal))}"
     return title
 
 
 def comparison_tables(comparison: RunComparison) -> list[Table]:
     """The requests, and under them the classes and contexts that differ most: shares of failures, then medians.
 
-    None is wider than `TERMINAL_WIDTH`: metrics go into as many tables as that takes.
+    None is wider than `TERMINAL_WIDTH`: metrics go into as many tables as that takes. Medians that are equal in every
+    row are left out (`equal_medians`).
     """
-    rows, metrics = _chosen(comparison, MAX_GROUP_ROWS), _metrics(comparison)
-    shares, medians = ([name for name in metrics if (name in SHARES) == is_share] for is_share in (True, False))
+    rows, metrics, equal = _chosen(comparison, MAX_GROUP_ROWS), _metrics(comparison), equal_medians(comparison)
+    shares = [name for name in metrics if name in SHARES]
+    medians = [name for name in metrics if name not in SHARES and name not in equal]
     parts = [shares, *(medians[first : first + MAX_METRICS] for first in range(0, len(medians), MAX_METRICS))]
     return [
         _table(comparison, rows, part, has_counts=number == 0)
         for number, part in enumerate(part for part in parts if part)
     ]
+
+
+def equal_medians(comparison: RunComparison) -> list[str]:
+    """Scores whose median is the same in both runs in every row, as those of an image are after a rescoring."""
+    medians = [name for name in _metrics(comparison) if name not in SHARES]
+    found = {name: [row.differences[name] for row in comparison.rows if name in row.differences] for name in medians}
+    return [name for name, differences in found.items() if all(one.old == one.new for one in differences)]
 
 
 def _table(

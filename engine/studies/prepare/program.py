@@ -59,6 +59,7 @@ class Prepared:
         source: where the images came from, in words.
         encoder: whose image embeddings are described, in words; empty for a calibration.
         seconds: time from the start.
+        advice: what to do about labels of images that are no classes; empty where all are.
     """
 
     content: Content
@@ -67,6 +68,7 @@ class Prepared:
     source: str
     encoder: str
     seconds: float
+    advice: str = ""
 
     @property
     def conditioning(self) -> Conditioning:
@@ -209,6 +211,7 @@ def _prepare(
         path=path,
         was_there=was_there,
         source=source.kind,
+        advice=source.advice,
         encoder=f"image encoder of {encoder}" if encoder and is_pipeline(encoder) else encoder or "",
         seconds=time.monotonic() - started,
     )

@@ -295,8 +295,14 @@ def _strata(review: _Review, drawn: DrawnDesign | None) -> list[StratumResult]:
 def _groups(population: Population, review: _Review) -> list[GroupShares]:
     """All, then each request, then each class, where there are several."""
     groups = [_group(WHOLE, "", np.ones(len(population), dtype=bool), population, review)]
+    # Codes of classes are in the order of labels, that of a joint prompt is the last.
+    codes = {
+        name: prefix.rpartition("/")[2] for name, prefix in zip(population.class_name, population.prefix, strict=True)
+    }
     for level, names in ((REQUEST, population.request), (CLASS, population.class_name)):
         distinct = list(dict.fromkeys(names.tolist()))
+        if level == CLASS:
+            distinct.sort(key=lambda name: codes[name])
         groups += [_group(level, name, names == name, population, review) for name in distinct if len(distinct) > 1]
     return groups
 
