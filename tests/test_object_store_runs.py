@@ -202,7 +202,13 @@ def test_every_command_on_the_quickstart(s3_server: str, call: Any, tmp_path: Pa
     code, out, err = call("rescore", run, "--target", "zoo:digits/classifier-b")
     assert code == 0 and f"scores: {run}/rescored/classifier-b-" in out, err
     [scores] = open_store(run).list("rescored")
-    assert call("compare", run, f"{run}/{scores}")[0] == 0
+    assert call("compare", run, "--pin", tmp_path / "pin.json")[0] == 0
+    page = tmp_path / "night.html"
+    code, out, err = call("compare", f"{run}/{scores}", "--baseline", tmp_path / "pin.json", "--html", page, "--json")
+    found = json.loads(out)
+    changed = len(found["new_failures"]) + len(found["mended"])
+    assert code == 0 and page.read_text().count("<img") == 2 * changed, err
+    assert open_store(f"{run}/{scores}").exists("comparison.json")
     assert call("report", f"{run}/{scores}")[::2] == (0, "")
     assert open_store(f"{run}/{scores}").read("report.html").count(b"<img src=") == 16
     code, out, err = call("evaluate", run, "--limit", "10")

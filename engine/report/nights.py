@@ -6,7 +6,7 @@ with its baseline. Both are made from a `Comparison` and the images that the two
 
 from __future__ import annotations
 
-import json
+import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -249,7 +249,7 @@ def _card(sample: ChangedSample | UnpairedFailure, words: str, panels: list[Nigh
 
 def _inspect(address: str, risk: float) -> str:
     """The command that lists the failures of a run up to a risk."""
-    condition = shlex.quote(f"target_errs and risk <= {json.dumps(risk)}")
+    condition = shlex.quote(f"target_errs and risk <= {math.ceil(risk * 1000) / 1000}")
     return f"riskforge inspect {shlex.quote(address)} --filter {condition}"
 
 
