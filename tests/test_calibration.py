@@ -43,6 +43,7 @@ from engine.models.configurations import CALIBRATION_DOCUMENT as DOCUMENT
 from engine.models.digests import model_digest
 from engine.models.job_checks import check_addresses
 from engine.models.labels import read_labels
+from engine.models.trainable import load_trainable
 from engine.studies.compare.baseline import pin_run, read_baseline
 from engine.studies.compare.program import _differing
 from engine.studies.compare.scored_run import read_scored_run
@@ -368,8 +369,8 @@ def test_a_run_is_read_with_its_temperature_after_the_artefact_is_gone(
     _, target = _load(named.job, named, EvaluateOptions(real="digits:test-single"))
     assert target is not None and target.temperature == T
     for run, expected in ((named, T), (changed, T)):
-        study = SimpleNamespace(run=run, target=resolve(run.job.models.target))
-        assert _temperature(study, SimpleNamespace(calibration=None), None) == (expected, None)  # type: ignore[arg-type]
+        material = SimpleNamespace(calibration=None, target=load_trainable(run.job.models.target, "cpu"))
+        assert _temperature(SimpleNamespace(run=run), material, None) == (expected, None)  # type: ignore[arg-type]
     begun = Path(shutil.copytree(runs[0], tmp_path / "run"))
     (begun / "manifest.json").unlink()
     assert open_study(str(begun)).temperature == T
