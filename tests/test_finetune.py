@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,8 +26,8 @@ class Network(nn.Module):
         self.linear = nn.Linear(12, 4)
         self.dropout = nn.Dropout(0.2)
 
-    def forward(self, pixel_values: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.linear(self.dropout(pixel_values.flatten(1))))
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.linear(self.dropout(pixels.flatten(1)))
 
 
 def samples(number: int, seed: int, scale: float = 2.0) -> Samples:
@@ -53,7 +52,7 @@ def reference(network: Network, real: Samples, generated: Samples | None, seed: 
         for step, batch in enumerate(_batches(real, generated, RECIPE, seed)):
             rate = step / 2 if step < 2 else 0.5 * (1 + math.cos(math.pi * (step - 2) / 18))
             optimizer.param_groups[0]["lr"] = RECIPE.learning_rate * rate
-            logits = network(pixel_values=batch.pixels).logits
+            logits = network(batch.pixels)
             loss = -(batch.targets * torch.log_softmax(logits, 1)).sum(1).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -89,7 +88,7 @@ def test_predictions_do_not_depend_on_their_blocks(network, monkeypatch):
     pixels = samples(23, 4).pixels
     network.eval()
     with torch.no_grad():
-        expected = network(pixel_values=pixels).logits
+        expected = network(pixels)
     monkeypatch.setattr("engine.studies.retrain.finetune.PREDICT_ROWS", 5)
     assert torch.allclose(predict(network, pixels), expected, atol=1e-5)
 

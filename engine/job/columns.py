@@ -326,8 +326,7 @@ RECORD_COLUMNS: tuple[Column, ...] = (
     ),
     Column(
         name="start_key", type="str", since=4, roles=Role.SAMPLED,
-        description="name of the labelled image that the sample started from, of a real image its own; empty without"
-        " one",
+        description="name of the labelled image that the sample started from; empty without one",
     ),
     Column(
         name="start_sha256", type="str", since=4, roles=Role.SAMPLED,
