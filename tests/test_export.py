@@ -635,7 +635,7 @@ def test_inspect_lists_what_a_filter_selects(first: Path, second: Path, capsys: 
 
 
 def test_inspect_saves_what_it_lists(
-    first: Path, second: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    first: Path, second: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By key, byte for byte; again without harm; never over another file; what has no image is named."""
     home, stored = tmp_path / "images", images_of(first)
@@ -660,6 +660,9 @@ def test_inspect_saves_what_it_lists(
     saved = json.loads(capsys.readouterr().out)["saved"]
     assert saved["written"] == len(list((tmp_path / "both").glob("*.png"))) and saved["missing"] == []
     assert list((tmp_path / "both").glob("r2-*"))
+    monkeypatch.chdir(tmp_path)  # a folder that is called as a scheme is
+    assert riskforge("inspect", first, "--filter", "accepted", "--limit", "1", "--save", "s3") == 0
+    assert "1 image written to s3\n" in capsys.readouterr().out and len(list((tmp_path / "s3").iterdir())) == 1
     for options, reason in (
         (("--key", "x", "--limit", "2"), "--limit: lists several samples"),
         (("--save", tmp_path / "a"), "--save: select samples with --filter"),

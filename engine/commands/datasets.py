@@ -139,7 +139,9 @@ def inspect(
     if key is not None and limit is not None:
         raise JobError("--limit: lists several samples, and --key shows one; use one of them")
     # A path has lost a slash of the address.
-    if save is not None and str(save).partition(":/")[0].lower() in OBJECT_SCHEMES:
+    # A path has one slash of the two; a folder may be called `s3`.
+    scheme, is_address, _ = str(save or "").partition(":/")
+    if is_address and scheme.lower() in OBJECT_SCHEMES:
         raise JobError(f"--save {save}: images are written to folders alone; give a folder")
     if image != "sample" and save is None:
         raise JobError(f"--image {image}: says what --save writes; give --save PATH")
@@ -219,7 +221,7 @@ def _report_saved(saved: SavedImages, folder: Path | None, as_json: bool) -> Non
     """Print how many images were written, and on stderr the samples that have none."""
     if not as_json:
         there = f", {saved.num_equal} were there already" if saved.num_equal else ""
-        print(f"{saved.num_written} images written to {folder}{there}")
+        print(f"{saved.num_written} image{'' if saved.num_written == 1 else 's'} written to {folder}{there}")
     if saved.missing:
         complain(f"no image of {len(saved.missing)} samples:")
         for key, reason in saved.missing[:MAX_LISTED]:
