@@ -668,9 +668,11 @@ def test_inspect_saves_what_it_lists(
         (("--save", tmp_path / "a"), "--save: select samples with --filter"),
         (("--filter", "accepted", "--save", "s3://bucket/a"), "images are written to folders alone"),
         (("--filter", "accepted", "--save", first / "manifest.json"), "--save"),
+        (("--filter", "accepted", "--save", first / "shards/mine"), "lies in the folder of a run"),
     ):
         assert riskforge("inspect", first, *options) == 2
         assert reason in capsys.readouterr().err
+    assert not (first / "shards/mine").exists()
 
 
 def test_images_of_a_damaged_tar_are_named(first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

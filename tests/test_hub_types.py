@@ -130,7 +130,7 @@ def test_mixed_exports_load(tmp_path: Path, real: Path, version: int, ratio: flo
     for seed in range(3):
         options = ExportOptions(
             output=str(tmp_path / f"out{seed}"), condition="request == 'between'", samples_per_shard=9, seed=seed,
-            real=str(real), real_ratio=ratio, with_rejected=seed % 2 == 0,
+            real=str(real), real_ratio=ratio, real_classes="all", with_rejected=seed % 2 == 0,
         )  # fmt: skip
         out = export((str(run),), options).path
         orders.add(all(record["method"] == "real" for record in list(stored(out).values())[:5]))

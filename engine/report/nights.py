@@ -66,6 +66,7 @@ class NightList:
     Attributes:
         name: of the list, for links.
         num_left_out: samples that are not shown.
+        page_command: that writes the page with all of them.
         command: that lists all failures of the newer run from the first one on that is not shown.
     """
 
@@ -75,6 +76,7 @@ class NightList:
     cards: list[NightCard]
     total: int
     num_left_out: int
+    page_command: str
     command: str
 
 
@@ -121,13 +123,15 @@ def nights_context(
         comparison = comparison.model_copy(update={"new": comparison.new.model_copy(update={"address": address})})
     album = _Album(comparison, limit, budget_bytes)
     rows = _chosen(comparison.rows)
+    metrics = _shown_metrics(comparison)
     return {
         "comparison": comparison,
         "nights": (comparison.old.night, comparison.new.night),
         "lists": album.lists(),
         "problems": album.problems,
-        "metrics": list(comparison.metric_names.values()),
-        "rows": [_row(row, comparison.metric_names) for row in rows],
+        "metrics": list(metrics.values()),
+        "equal_metrics": [name for name in comparison.metric_names.values() if name not in metrics.values()],
+        "rows": [_row(row, metrics) for row in rows],
         "num_rows_left_out": len(comparison.rows) - len(rows),
         "crossed": comparison.crossed[:MAX_NOTES],
         "num_crossed_left_out": len(comparison.crossed[MAX_NOTES:]),
@@ -160,7 +164,9 @@ class _Album:
         comparison, limit = self._comparison, self._limit
         lists = [
             self._list(
-                "new-failures", "New failures", "Pairs of one prompt and seed that were right and are wrong now.",
+                "new-failures", "New failures",
+                "Pairs of one prompt and seed that were right and are wrong now, also of requests and classes with too"
+                " few samples for a row below.",
                 comparison.num_new_failures, [self._pair(sample, "now") for sample in comparison.new_failures[:limit]],
                 comparison.new_failures[limit:],
             ),
@@ -191,6 +197,7 @@ class _Album:
         left_out = total - len(cards)
         return NightList(
             name=name, title=title, note=note, cards=cards, total=total, num_left_out=left_out,
+            page_command=_compare(self._comparison, total) if left_out else "",
             command=_inspect(self._comparison.new.address, rest[0].new_risk) if left_out and rest else "",
         )  # fmt: skip
 
@@ -247,6 +254,17 @@ def _card(sample: ChangedSample | UnpairedFailure, words: str, panels: list[Nigh
     )
 
 
+def _compare(comparison: Comparison, examples: int) -> str:
+    """The command that writes the page with so many samples of each kind."""
+    new = shlex.quote(comparison.new.address)
+    runs = (
+        f"{new} --baseline {shlex.quote(comparison.baseline)}"
+        if comparison.baseline
+        else (f"{shlex.quote(comparison.old.address)} {new}")
+    )
+    return f"riskforge compare {runs} --html FILE --examples {examples}"
+
+
 def _inspect(address: str, risk: float) -> str:
     """The command that lists the failures of a run up to a risk."""
     condition = shlex.quote(f"target_errs and risk <= {math.ceil(risk * 1000) / 1000}")
@@ -266,6 +284,20 @@ def _is_crossed(row: ComparedRow) -> bool:
 
 def _differs(row: ComparedRow) -> bool:
     return any(metric.significant for metric in row.metrics.values())
+
+
+def _shown_metrics(comparison: Comparison) -> dict[str, str]:
+    """All metrics but medians that are equal in both runs in every row, as the terminal has them."""
+
+    def differs(name: str) -> bool:
+        found = [row.metrics[name] for row in comparison.rows if name in row.metrics]
+        return any(one.old != one.new or one.crossed for one in found) or not found
+
+    return {
+        name: title
+        for name, title in comparison.metric_names.items()
+        if not title.startswith("median") or differs(name)
+    }
 
 
 def _row(row: ComparedRow, metrics: Mapping[str, str]) -> NightRow:

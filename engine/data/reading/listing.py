@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from engine.data.reading.corpus import Corpus
 from engine.data.reading.pairs import PairRows
 from engine.data.run.counts import is_joint
+from engine.data.run.file_names import PLANS
 from engine.data.run.tar_index import TarReader, find_in_tars
 from engine.data.stores.file_errors import explained
 from engine.errors import CorruptShardError, OutputError, StoreLostError
@@ -159,11 +160,13 @@ def save_images(corpus: Corpus, samples: Sequence[ListedSample], folder: Path, w
         which: `sample`, or what it is compared with: `start` or `twin`, which has that in its name.
 
     Raises:
-        OutputError: a file of another content has one of the names, before anything is written; or one cannot be
-            written.
+        OutputError: the folder lies in a run, or a file of another content has one of the names, before anything is
+            written; or one cannot be written.
 
     Side effects: makes the folder.
     """
+    if any((parent / PLANS).exists() for parent in (folder, *folder.resolve().parents)):
+        raise OutputError(f"--save: {folder} lies in the folder of a run, which holds its own files; give another")
     with explained(f"--save: {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     names, missing, is_damaged, num_written, num_equal = _file_names(samples), [], False, 0, 0

@@ -57,6 +57,7 @@ class ScoredRun:
         predicted: index of the predicted class; None in baselines that do not know it.
         night: the date of the run, such as 2026-11-21; empty where it is not known.
         is_baseline: whether it was read from a pinned file.
+        is_rescored: whether it is the folder of a rescoring.
         temperature: of the target in place of its own; None for its own.
         curation: of a curated run, in which every attempt of its parent has its scores.
         people: what people say of its images; nothing of a baseline.
@@ -80,6 +81,7 @@ class ScoredRun:
     predicted: NDArray[np.int64] | None = None
     night: str = ""
     is_baseline: bool = False
+    is_rescored: bool = False
     unknown: frozenset[str] = frozenset()
     temperature: float | None = None
     curation: Curation | None = None
@@ -133,8 +135,12 @@ def read_scored_run(address: str) -> ScoredRun:
             table = pq.read_table(path, columns=columns, partitioning=None).combine_chunks()
         check_rows(table, store.address(METADATA))
         run = _scored_run(store.uri, str(manifest["name"]), target, table)
-        people = read_people(store, is_rescoring=RESCORED_FROM in manifest)
-        run = replace(run, night=night_of(manifest, store.uri), curation=curation_of(manifest), people=people)
+        is_rescored = RESCORED_FROM in manifest
+        people = read_people(store, is_rescoring=is_rescored)
+        run = replace(
+            run, night=night_of(manifest, store.uri), curation=curation_of(manifest), people=people,
+            is_rescored=is_rescored,
+        )  # fmt: skip
         return run if _has_strict_validity(manifest, table) else replace(run, strictly_valid=None)
     except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         reason = first_line(error)
