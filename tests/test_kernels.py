@@ -22,6 +22,7 @@ from engine.models.kernels import full_float32
 from engine.models.labels import read_labels
 from engine.models.program_loading import open_program
 from engine.models.program_settings import TargetSettings
+from engine.models.trainable import load_trainable
 from engine.studies.evaluate.extractors import Inception
 from engine.studies.retrain.finetune import predict
 from tests.program_cases import DIGITS, images
@@ -191,7 +192,7 @@ def scoring(request, classifier, clip, tmp_path):
         inception._layers = torch.nn.Sequential(inception._layers)
         return inception._layers, lambda: torch.from_numpy(inception.features(shown, None))
     if request.param == "retrain":
-        network = load_network(TARGET).eval()
+        network = load_trainable(TARGET, "cpu").network
         return network, lambda: predict(network, torch.linspace(0, 1, 6144).reshape(2, 3, 32, 32))
     return {
         "classifier": (network_of(classifier), lambda: classifier.score(shown)),
