@@ -51,6 +51,10 @@ def _valid(raw: dict[str, Any]) -> dict[str, Any] | None:
     for number, request in enumerate(raw["requests"]):
         request["name"] = f"r{number}-{request['name']}"[:60].rstrip("-")
         request.setdefault("classes", "all")
+    models = raw["models"]
+    # Maps are of models that the job has.
+    mapped = [*models.get("transfer", ()), *models.get("oracles", ()), *models.get("further_targets", ())]
+    models["label_map"] = dict(zip(mapped, models.get("label_map", {}).values(), strict=False))
     for _ in range(MAX_REPAIRS):
         try:
             parse_job(raw)
@@ -119,6 +123,9 @@ def _drawn(spec: type[BaseModel], name: str, field: FieldInfo) -> st.SearchStrat
         return _OF_REQUESTS[name]()
     if spec is CustomGuidanceSpec and name == "parameters":
         return st.dictionaries(st.sampled_from(["a", "b", "gewicht"]), _JSON, max_size=2)
+    if name == "label_map":
+        entries = st.dictionaries(_NAMES, st.one_of(st.none(), st.sampled_from(LABELS)), max_size=2)
+        return st.dictionaries(_NAMES, entries, max_size=2)
     return _typed(field.annotation, list(field.metadata))
 
 
