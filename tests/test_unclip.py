@@ -198,9 +198,11 @@ def test_a_run_tells_of_its_screening_and_resumes(tmp_path, capsys):
     card = (output / "README.md").read_text()
     assert "until the target's error predictor expects an error" in card and "not screened" in card
     assert f"{sum(one['screened'] for one in found['screened'])} of 8 samples have an embedding that passed" in card
-    errors = sum(row["is_error"] for row in rows) / len(rows)
     assert any(row["status"] == "rejected" for row in rows)
-    assert f"<dd>{errors:.1%}".replace("%", " %") in (output / "report.html").read_text().replace("\u202f", " ")
+    page = (output / "report.html").read_text().replace("\u202f", " ")
+    for kind, is_plain in (("prompt only", True), ("guided", False)):
+        errors = [row["is_error"] for row in rows if (row["method"] == "prompt") == is_plain]
+        assert f"<dd>{100 * sum(errors) / len(errors):.1f} % <span>{kind}</span>" in page
     num_draws = sum(one["draws"] for one in found["screened"])
     assert f"<td>{num_draws}</td>" in (output / "report.html").read_text()
     assert f"{num_draws} draws" in (printed := capsys.readouterr().out) and "for a risk target of 1.2" in printed
