@@ -44,6 +44,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(program_description, "_KNOWN", {})
     monkeypatch.setattr(factories, "_FOLDERS", [])
     monkeypatch.setattr(sys, "path", [*sys.path])
+    # A process of pytest has imported all of the tests, which are no modules of a user.
+    is_installed = factory_files.is_installed
+    monkeypatch.setattr(
+        factory_files, "is_installed", lambda path: path.is_relative_to(REPOSITORY) or is_installed(path)
+    )
     # As in a process that starts after the files were written.
     monkeypatch.setattr(factory_files, "_STARTED", float("inf"))
     factories.add_import_folders([str(elsewhere), str(folder)])
