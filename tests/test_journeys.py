@@ -14,6 +14,7 @@ from tests.journeys import Command, File, steps
 JOURNEYS = sorted((REPOSITORY / "docs").glob("journey-*.md"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", JOURNEYS, ids=lambda page: page.stem)
 def test_a_journey_goes_as_its_page_says(page: Path, tmp_path, monkeypatch, call):
     """In an empty folder, from the first line to the last; `riskforge` in this process, other commands in a shell."""
