@@ -385,7 +385,7 @@ def _print_inspection(inspection: Inspection) -> None:
     print(f"surplus      {document['surplus']}")
     if pairs := document.get("pairs"):
         print(f"pairs        with a start {pairs['starts']}, with an unguided twin {pairs['twins']}")
-    print(f"schema       version {', '.join(document['schema_versions']) or 'unknown'}")
+    print(f"schema       version {', '.join(document['schema_versions']) or 'of no row'}")
     if image := document["image"]:
         size = f"{image['width']} x {image['height']} pixels, {byte_size(image['bytes'])}"
         print(f"image        {size} ({image['format']}, the first one)")

@@ -174,6 +174,15 @@ def _derived(name: str, record: Mapping[str, Any], subset: tuple[int, ...]) -> A
 
 
 def label_is_valid(estimate: float, least: float) -> bool | None:
+    """Whether a label is strictly valid: by `p_valid` where there is an estimate, else by the oracles.
+
+    Args:
+        estimate: `p_valid`, the estimated share of people who would give the label; `UNKNOWN` without a fit.
+        least: `oracle_p_label_min`, the least probability of the label; `UNKNOWN` without an oracle.
+
+    Returns:
+        None where both are unknown.
+    """
     if estimate != UNKNOWN:
         return estimate >= MIN_P_VALID
     return None if least == UNKNOWN else least >= MIN_ORACLE_P_LABEL

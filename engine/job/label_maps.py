@@ -246,6 +246,7 @@ def _side(own: Sequence[str]) -> str:
 
 
 def without(labels: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The labels that are not among others, each once, in their order."""
     known = set(others)
     return [label for label in dict.fromkeys(labels) if label not in known]
 

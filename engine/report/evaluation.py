@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from engine.data.run.file_names import EVALUATION
+from engine.data.run.kept_documents import read_kept
 from engine.data.stores.base import Store
-from engine.errors import MAX_REASON_CHARS, CorruptShardError
-from engine.methods.strict_json import parse_json
 
 _IMAGE = r"^data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/=]*$"
 
@@ -239,18 +238,4 @@ def read_evaluation(store: Store) -> Evaluation | None:
     Raises:
         CorruptShardError: it cannot be read.
     """
-    if not store.exists(EVALUATION):
-        return None
-    data = store.read(EVALUATION)
-    try:
-        parse_json(data)
-        return Evaluation.model_validate_json(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))[:80]}: {first['msg']}"
-    except ValueError as error:
-        reason = str(error)
-    raise CorruptShardError(
-        f"{store.address(EVALUATION)}: cannot be read as an evaluation ({reason[:MAX_REASON_CHARS]}); remove it, or run"
-        f" `riskforge evaluate {store.uri}` again"
-    )
+    return read_kept(store, EVALUATION, Evaluation, "an evaluation", f"riskforge evaluate {store.uri}")

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from engine.data.run.file_names import COMPARISON
+from engine.data.run.kept_documents import read_kept
 from engine.data.stores.base import Store
-from engine.errors import MAX_REASON_CHARS, CorruptShardError
-from engine.methods.strict_json import parse_json
 
 # Samples of each kind that a run keeps of a comparison: as many as a page could show.
 MAX_KEPT = 1000
@@ -169,20 +168,8 @@ def read_pinned(store: Store) -> Comparison | None:
         CorruptShardError: its file cannot be read.
         OutputError: the store refuses.
     """
-    if not store.exists(COMPARISON):
-        return None
-    data = store.read(COMPARISON)
-    try:
-        return Comparison.model_validate(parse_json(data))
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))[:80]}: {first['msg']}"
-    except ValueError as error:
-        reason = str(error)
-    raise CorruptShardError(
-        f"{store.address(COMPARISON)}: cannot be read as a comparison ({reason[:MAX_REASON_CHARS]}); remove it, or run"
-        f" `riskforge compare {store.uri} --baseline FILE` again"
-    )
+    remedy = f"riskforge compare {store.uri} --baseline FILE"
+    return read_kept(store, COMPARISON, Comparison, "a comparison", remedy)
 
 
 def keep_pinned(store: Store, document: dict[str, Any]) -> None:
