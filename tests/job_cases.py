@@ -17,14 +17,15 @@ from pydantic.fields import FieldInfo
 from engine.errors import JobError
 from engine.job.acceptance import FLAGS, ORACLE, ORACLE_CONDITION, SCORES
 from engine.job.parsing import parse_job
+from engine.job.resources import ResourcesSpec
 from engine.job.spec import GuidanceSpec, JobSpec, RequestSpec
 from engine.methods.custom.spec import CustomGuidanceSpec
 from engine.methods.sampling.spec import SamplingSpec
 
 # Jobs of the repository that make a run; those of studies have a form of their own.
-ENGINE_JOBS = sorted(
-    path for path in (Path(__file__).parent.parent / "jobs").glob("*.yaml") if not path.stem.startswith("loop-")
-)
+_JOBS = sorted((Path(__file__).parent.parent / "jobs").glob("*.yaml"))
+STUDY_JOBS = [path for path in _JOBS if "\nstudy:" in f"\n{path.read_text()}"]
+ENGINE_JOBS = [path for path in _JOBS if path not in STUDY_JOBS]
 LABELS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 MAX_REPAIRS = 12
 MAX_INT = 40
@@ -80,6 +81,8 @@ def _remove(raw: Any, path: list[str]) -> None:
         raw.pop("boundary")
     elif last == "conditioning" and "screened" in raw.get("accept", {}) and isinstance(raw["accept"], dict):
         raw["accept"].pop("screened")
+    elif path == ["runtime"]:
+        raw["runtime"].pop("resources", None)
     elif last == "rescale_betas_zero_snr":
         raw["scheduler"] = "ddim"
     elif last == "strength":
@@ -126,6 +129,13 @@ def _drawn(spec: type[BaseModel], name: str, field: FieldInfo) -> st.SearchStrat
     if name == "label_map":
         entries = st.dictionaries(_NAMES, st.one_of(st.none(), st.sampled_from(LABELS)), max_size=2)
         return st.dictionaries(_NAMES, entries, max_size=2)
+    if name == "num_gpus":
+        return st.sampled_from([None, "auto", 0.25, 0.5, 1, 2])
+    if name == "custom" and spec is ResourcesSpec:
+        return st.dictionaries(st.sampled_from(["a100", "gewicht", "ü"]), st.sampled_from([0.5, 1, 3]), max_size=2)
+    if name == "label_selector":
+        labels = st.sampled_from(["ray.io/zone", "spot"])
+        return st.dictionaries(labels, st.sampled_from(["a", "!true", "in(a, b)"]), max_size=2)
     return _typed(field.annotation, list(field.metadata))
 
 

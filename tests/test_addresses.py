@@ -12,6 +12,7 @@ from engine.models.labels import read_labels
     [
         ("zoo:digits/clasifier", "did you mean 'digits/classifier'"),
         ("zoo:../../etc", "not in the zoo"),
+        ("zoo:../zoo/digits/classifier", "not in the zoo"),
         ("/nowhere/at/all", "neither a folder nor a hub id"),
         ("owner/name\n", "neither a folder nor a hub id"),
         ("a/my--model", "not a hub id either"),

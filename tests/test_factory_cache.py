@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -28,6 +29,15 @@ CODE = (
 )
 
 
+def is_installed_or_ours(path: Path) -> bool:
+    return path.is_relative_to(REPOSITORY) or factories.is_installed(path)
+
+
+@functools.cache
+def is_of_library_or_ours(file: Path) -> bool:
+    return is_installed_or_ours(file.resolve())
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with a factory that opens a file and imports another, and a cache; started from another folder."""
@@ -45,10 +55,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(factories, "_FOLDERS", [])
     monkeypatch.setattr(sys, "path", [*sys.path])
     # A process of pytest has imported all of the tests, which are no modules of a user.
-    is_installed = factory_files.is_installed
-    monkeypatch.setattr(
-        factory_files, "is_installed", lambda path: path.is_relative_to(REPOSITORY) or is_installed(path)
-    )
+    monkeypatch.setattr(factory_files, "is_installed", is_installed_or_ours)
+    monkeypatch.setattr(factory_files, "_is_of_library", is_of_library_or_ours)
     # As in a process that starts after the files were written.
     monkeypatch.setattr(factory_files, "_STARTED", float("inf"))
     factories.add_import_folders([str(elsewhere), str(folder)])

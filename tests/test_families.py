@@ -23,11 +23,11 @@ from engine.methods.sampling.denoiser import Prediction, predicted_eps, predicte
 from engine.methods.sampling.loop import Start, sample
 from engine.methods.sampling.noise import draw_noise
 from engine.methods.sampling.schedulers import SchedulerAdapter
+from tests import commands
 from tests.conftest import REPOSITORY
 from tests.tiny_pipelines import load_reference, save_xl_pipeline
 
 LINE = '    "StableDiffusionXLPipeline": "engine.models.pipelines.stable_diffusion_xl:StableDiffusionXL",\n'
-COMMAND = "from engine.cli import main; main()"
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +52,7 @@ def folder(tmp_path_factory) -> Path:
 
 def program(package: Path, *arguments) -> str:
     """The command line of the package with the third family."""
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=package,
-        env=os.environ | {"PYTHONPATH": str(package)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = commands.run(*arguments, folder=package, PYTHONPATH=str(package))
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -87,7 +80,7 @@ def members_of(run: Path) -> dict[str, bytes]:
 def test_stable_diffusion_xl_is_one_file_and_one_line(package, folder, tmp_path):
     """Checked, planned, sampled with and without guidance, and equal to diffusers' own pipeline of the same seed."""
     job = write_job(tmp_path / "job.json", folder)
-    program(package, "-c", COMMAND, "run", job, "--executor", "local", "--set", "runtime.device=cpu")
+    program(package, "run", job, "--executor", "local", "--set", "runtime.device=cpu")
     members = members_of(tmp_path / "run")
     records = [json.loads(content) for name, content in members.items() if name.endswith(".json")]
     assert {record["status"] for record in records} == {"ok"} and len(records) == 2
@@ -122,7 +115,10 @@ def test_a_new_family_is_checked_without_torch_and_named_in_refusals(package, fo
         "    path.write_text(content)\n"
     )
     copy = shutil.copytree(folder, tmp_path / "copy")
-    first, second = program(package, "-c", code, copy).splitlines()
+    command = [sys.executable, "-c", code, copy]
+    environment = os.environ | {"PYTHONPATH": str(package)}
+    done = subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True, check=True)
+    first, second = done.stdout.splitlines()
     assert "cross_attention_dim: 16, the embeddings of the text encoders have 32 entries" in first
     assert second.startswith("'x' is a Y; what runs: a StableDiffusionXLPipeline, a StableDiffusionPipeline or a ")
 

@@ -63,6 +63,20 @@ def test_mixtures_of_few_images_are_one_gaussian(embeds, classes):
         assert mixtures.stds[index, 0].numpy() == pytest.approx(wanted, rel=1e-5)
 
 
+def test_the_moments_of_mixtures_are_those_of_their_images():
+    """Also of modes far apart, where most of a variance lies between them, and of unequal weights."""
+    centres = torch.tensor([-8.0, 0.0, 8.0]).repeat_interleave(torch.tensor([60, 20, 20]))
+    embeds = centres[:, None] + torch.randn(100, 4, generator=torch.Generator().manual_seed(2))
+    classes = torch.arange(100) % 2
+    mixtures = fit_mixtures(embeds, classes, LABELS[:2])
+    assert mixtures.num_components.tolist() == [3, 3]
+    found = ClassGaussians.of(mixtures.moments())
+    for index in range(2):
+        mean, variance = population(embeds, classes, index)
+        assert found.mean[index].numpy() == pytest.approx(mean, abs=1e-4)
+        assert found.std[index].numpy() == pytest.approx(np.sqrt(variance), rel=1e-4)
+
+
 def test_prepare_fits_these_statistics(embeds, classes):
     """The artefact of a pass has them, and counts each class's errors."""
     logits = torch.nn.functional.one_hot(classes.roll(1), 3) * 4.0

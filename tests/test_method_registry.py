@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -23,6 +21,7 @@ from engine.methods.boundary.spec import BoundaryGuidanceSpec
 from engine.methods.parameters import MethodParameters
 from engine.methods.registry import METHODS, USER_CODE, Method, find_method, method_of
 from engine.methods.risky.spec import RiskyGuidanceSpec
+from tests import commands
 from tests.conftest import REPOSITORY
 
 GUIDED = [method for method in METHODS if method.is_guided]
@@ -115,14 +114,14 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def riskforge(*arguments: str, folder: Path, code: int = 0) -> str:
     """The output of a command of the copy."""
-    return python("-c", "from engine.cli import console; console()", *arguments, folder=folder, code=code)
+    return output(commands.run(*arguments, folder=folder, PYTHONPATH=str(folder)), code)
 
 
 def python(*arguments: str, folder: Path, code: int = 0) -> str:
-    environment = os.environ | {"PYTHONPATH": str(folder)}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    return output(commands.python(*arguments, folder=folder, PYTHONPATH=str(folder)), code)
+
+
+def output(done: subprocess.CompletedProcess[str], code: int) -> str:
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 

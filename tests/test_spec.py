@@ -34,6 +34,10 @@ def request(**changes):
     return job(requests=[JOB["requests"][0] | changes])
 
 
+def resources(**fields):
+    return job(runtime={"resources": fields})
+
+
 def problems(raw) -> list[str]:
     with pytest.raises(JobError) as caught:
         parse_job(raw)
@@ -44,6 +48,19 @@ def problems(raw) -> list[str]:
     ("raw", "expected"),
     [
         (job(naem="x"), "naem: unknown key; did you mean 'name'?"),
+        (resources(gpus=1), "runtime.resources.gpus: unknown key; did you mean 'num_gpus'?"),
+        (resources(num_gpus=-1), "runtime.resources.num_gpus: -1 is below 0; give 0 or more"),
+        (resources(num_gpus=float("nan")), "runtime.resources.num_gpus: nan is not a finite number"),
+        (resources(num_gpus=1.5), "num_gpus: 1.5 cannot be used: above 1 only whole GPUs can be taken; give a whole"),
+        (resources(num_gpus=1e-3), "num_gpus: 0.001 cannot be used: so small a part of a GPU holds no model; give"),
+        (resources(custom={"GPU": 1}), "custom: {'GPU': 1} cannot be used: 'GPU' is not a custom resource; give num_g"),
+        (resources(custom={"a": 1.5}), "a: 1.5 is no amount; give a whole number, or a part such as 0.5"),
+        (resources(custom={"": 1}), "a resource needs a name of 1 to 100 printable characters"),
+        (resources(custom=dict.fromkeys(map(str, range(21)), 1)), "it has 21 entries; give 20 or fewer"),
+        (resources(label_selector={"a b": "c"}), "'a b' cannot be the key of a label; write it as `zone`"),
+        (resources(label_selector={"zone": "in()"}), "zone: 'in()' selects nothing; write a value, `!value`"),
+        (job(runtime={"device": "cpu", "resources": {"num_gpus": 0.5}}), "device 'cpu' uses none; leave one of them"),
+        (job(runtime={"device": "cuda", "resources": {"num_gpus": 0}}), "device 'cuda' needs one; leave num_gpus out"),
         (job(name="Has Space"), "name: 'Has Space' may hold only a-z, 0-9 and inner hyphens"),
         (job(name="a.b"), "name: 'a.b' may hold only a-z, 0-9 and inner hyphens"),
         (job(seed=-1), "seed: -1 is below 0; give 0 or more"),

@@ -76,6 +76,25 @@ def checked_entries(value: Any) -> dict[str, str | None]:
     return entries
 
 
+def checked_maps(value: Any) -> dict[str, dict[str, str | None]]:
+    """Label maps by the address of a model, as written; indices become texts, as JSON has no other keys.
+
+    Raises:
+        ValueError: as `checked_entries`, or the whole is no mapping.
+    """
+    if not isinstance(value, dict):
+        raise ValueError("is not a mapping of addresses to label maps, such as {models/net: {cats: cat}}")
+    maps = {}
+    for address, entries in value.items():
+        if not isinstance(address, str):
+            raise ValueError(f"has the key {shown(address)}, where the address of a model is expected")
+        try:
+            maps[address] = checked_entries(entries)
+        except ValueError as error:
+            raise ValueError(f"of {shown(address)}: {error}") from None
+    return maps
+
+
 def _name(value: Any) -> str:
     """A class as a text.
 

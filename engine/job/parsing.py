@@ -348,7 +348,8 @@ def _template_problems(request: RequestSpec) -> list[Problem]:
     fields = set(re.findall(r"\{([^{}]*)\}", request.prompt))
     if unknown := sorted(fields - {"class", "context"}):
         return [(("prompt",), f"unknown field {{{unknown[0]}}}; use {{class}} and {{context}}")]
-    if "class" not in fields and request.boundary is None:
+    # Embeddings are of the class, whatever the text says.
+    if "class" not in fields and request.boundary is None and request.conditioning is None:
         return [(("prompt",), "has no {class}, so every class would have the same prompt; add {class}")]
     return []
 

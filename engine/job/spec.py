@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import pydantic
 from pydantic import Field, PrivateAttr, StrictBool, StrictInt
 
-from engine.job.label_maps import checked_entries
-from engine.job.spec_messages import shown
+from engine.job.label_maps import checked_maps
+from engine.job.resources import ResourcesSpec
 from engine.methods.fields import Context, Number, Plains, Spec, Text
 from engine.methods.parameters import Ensemble, MethodParameters
 from engine.methods.registry import BUILT_IN, METHODS, USER_CODE, Method, method_of
@@ -149,18 +149,8 @@ class ModelsSpec(Spec):
     @pydantic.field_validator("label_map", mode="before")
     @classmethod
     def _label_maps(cls, value: Any) -> Any:
-        """Indices become texts, as JSON has no other keys."""
-        if not isinstance(value, dict):
-            raise ValueError("is not a mapping of addresses to label maps, such as {models/net: {cats: cat}}")
-        maps = {}
-        for address, entries in value.items():
-            if not isinstance(address, str):
-                raise ValueError(f"has the key {shown(address)}, where the address of a model is expected")
-            try:
-                maps[address] = checked_entries(entries)
-            except ValueError as error:
-                raise ValueError(f"of {shown(address)}: {error}") from None
-        return maps
+        """Indices become texts."""
+        return checked_maps(value)
 
     @pydantic.model_validator(mode="after")
     def _single_oracle(self) -> Self:
@@ -308,7 +298,9 @@ class RequestSpec(Spec):
         description="Each is appended to the prompt; '' is no context.",
     )
     prompt: Annotated[str, Field(min_length=1, max_length=1000)] | None = Field(
-        default=None, description="Prompt template with `{class}` and optionally `{context}`."
+        default=None,
+        description="Prompt template with `{class}` and optionally `{context}`; with `conditioning` also without"
+        " `{class}`, and `{context}` alone is no text where there is no context.",
     )
     accept: Plains | Text = Field(
         default_factory=dict,
@@ -466,6 +458,19 @@ class RuntimeSpec(Spec):
         description="Equal bytes from equal GPUs: deterministic kernels, batches of a fixed shape; needs a number as"
         " batch_size there. On a CPU it changes nothing: every run is deterministic.",
     )
+
+    resources: ResourcesSpec = Field(
+        default=ResourcesSpec(), description="What a worker takes of a machine, with --executor ray."
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _gpus_fit_device(self) -> Self:
+        num_gpus = self.resources.num_gpus
+        if self.device == "cpu" and num_gpus not in (None, 0):
+            raise ValueError(f"resources.num_gpus is {num_gpus}, and device 'cpu' uses none; leave one of them out")
+        if self.device == "cuda" and num_gpus == 0:
+            raise ValueError("resources.num_gpus is 0, and device 'cuda' needs one; leave num_gpus out")
+        return self
 
     @pydantic.field_validator("gradient_checkpointing", "channels_last", "compile", mode="before")
     @classmethod

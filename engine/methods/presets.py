@@ -29,6 +29,8 @@ class PresetParameters(MethodParameters):
     OLD_FIELDS: ClassVar[frozenset[str]]
     # Fields of after there were presets, which jobs and plans of before do not have: left out where they are null.
     LATER_FIELDS: ClassVar[frozenset[str]] = frozenset()
+    # Fields that one step rule alone reads, with its name.
+    BY_STEP: ClassVar[Mapping[str, str]] = {}
 
     preset: Preset = Field(
         default="perceptible",

@@ -59,8 +59,9 @@ def keep_description(address: str, description: Description, opened: set[str]) -
     Args:
         opened: the files that were opened for it.
     """
-    factory = _factory(address)
-    if (file := module_file(module_of(factory)[0])) is None or not are_as_loaded():
+    factory, place = _factory(address), _place(address)
+    # Without a place to keep it, nothing that it depends on is looked for.
+    if place is None or (file := module_file(module_of(factory)[0])) is None or not are_as_loaded():
         return
     folders = tried_folders(factory)
     depends_on = dependencies(file, folders, {*opened, *_stored_files(address)})
@@ -75,7 +76,7 @@ def keep_description(address: str, description: Description, opened: set[str]) -
         "untrainable": description.untrainable,
         "depends_on": depends_on,
     }
-    write_cached(_place(address), document)
+    write_cached(place, document)
 
 
 def check_unchanged(address: str, digest: str) -> None:

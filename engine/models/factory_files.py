@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -150,8 +151,14 @@ def _user_modules() -> list[Path]:
     """The files of the modules in this process that are not of installed packages."""
     # Modules that libraries make name files that are not there.
     named = {str(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())}
-    files = {Path(name).resolve() for name in named if name}
-    return sorted(file for file in files if file.is_file() and not is_installed(file))
+    files = {Path(name).resolve() for name in named if name and not _is_of_library(Path(name).absolute())}
+    return sorted(file for file in files if file.is_file())
+
+
+@functools.cache
+def _is_of_library(file: Path) -> bool:
+    """Whether a module's file is of an installed package; asked once for each of a process's thousands."""
+    return is_installed(file.resolve())
 
 
 def are_as_loaded() -> bool:

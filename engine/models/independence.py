@@ -36,7 +36,7 @@ def check_independent(models: ModelsSpec, *, oracle_guides: bool = False) -> Non
         JobError: all such pairs, one line each; or an oracle's artefact is damaged.
     """
     problems = []
-    if models.judge and _are_same(models.judge, models.clip, _IMAGE_TOWER):
+    if models.judge and are_same_models(models.judge, models.clip, _IMAGE_TOWER):
         problems.append(
             f"models.judge: '{models.judge}' has the weights of models.clip; the judge of a sample must be another CLIP"
             " model than the one that may have guided it"
@@ -74,13 +74,13 @@ def _oracle_problems(models: ModelsSpec, place: int) -> list[str]:
 
     if target := _same_target(network, models, part=part):
         return problem(part, target, "; an oracle decides whether the target errs")
-    if _are_same(network, models.clip, _IMAGE_TOWER):
+    if are_same_models(network, models.clip, _IMAGE_TOWER):
         reason = ", which may guide a sample by its conformity; an oracle must be independent of what guides"
         return problem(_IMAGE_TOWER, "models.clip", reason)
     for other, others_address in fields[:place]:
         others_network, others_part = _network(others_address)
         common = _IMAGE_TOWER if _IMAGE_TOWER in (part, others_part) else _WHOLE
-        if _are_same(network, others_network, common):
+        if are_same_models(network, others_network, common):
             return problem(common, other, ", so that its agreement confirms nothing")
     return []
 
@@ -95,7 +95,7 @@ def _guiding_problems(models: ModelsSpec) -> list[str]:
         f"{measured}: '{address}' has the weights of {field}, '{oracle}', which guides by its oracle_floor, so that it"
         " would confirm what it guided; give another model"
         for measured, address in measuring
-        if _are_same(address, network, _IMAGE_TOWER if measured == "models.judge" else part)
+        if are_same_models(address, network, _IMAGE_TOWER if measured == "models.judge" else part)
     ]
 
 
@@ -112,19 +112,24 @@ def _same_target(address: str, models: ModelsSpec, before: int | None = None, pa
         (
             f"models.target.{place}" if several else "models.target"
             for place, target in enumerate(models.targets[:before])
-            if _are_same(address, target, part)
+            if are_same_models(address, target, part)
         ),
         "",
     )
 
 
-def _are_same(address: str, other: str, part: tuple[str, ...] = _WHOLE) -> bool:
-    first, second = _path(address), _path(other)
+def are_same_models(address: str, other: str, part: tuple[str, ...] = _WHOLE) -> bool:
+    """Whether two addresses are of one model, by their weights where both are on this machine.
+
+    Args:
+        part: prefixes of modules whose tensors alone are compared.
+    """
+    first, second = model_path(address), model_path(other)
     if address == other:
         return True
     return first is not None and second is not None and have_same_weights(first, second, part)
 
 
-def _path(address: str) -> Path | None:
+def model_path(address: str) -> Path | None:
     """The folder or file of a model that is on this machine; None for factories and for hub ids that are not."""
     return as_file(address) or as_factory_folder(address) or (None if is_program(address) else locate(address).folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -56,6 +56,15 @@ def check_target(job: JobSpec) -> None:
     """
     if problems := _problems("models.target", job.models.target, _check_classifier):
         raise JobError(problems)
+
+
+def classifier_problems(addresses: Mapping[str, str]) -> list[str]:
+    """Classifiers that do not exist or cannot be scored with, a line each.
+
+    Args:
+        addresses: by the field that names each.
+    """
+    return [problem for field, address in addresses.items() for problem in _problems(field, address, _check_classifier)]
 
 
 def check_oracles(job: JobSpec) -> None:

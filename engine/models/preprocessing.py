@@ -97,6 +97,11 @@ class Preprocessing:
         mean, std = (self._constant(name, images) for name in ("mean", "std"))
         return (images - mean) / std
 
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Values of black and of white in the model's input, each [1, 3, 1, 1]."""
+        return -self._mean / self._std, (1 - self._mean) / self._std
+
     def _resized(self, images: Tensor, height: int, width: int) -> Tensor:
         if images.shape[-2:] == (height, width):
             return images

@@ -25,6 +25,9 @@ _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 # Buffers that are no weights: counters of training, and positions; and the temperature of CLIP's loss.
 _COUNTERS = ("num_batches_tracked", "position_ids", "logit_scale")
 
+# Tensors whose values have a larger correlation are alike; smaller ones than this correlate by chance.
+_ALIKE, _MIN_ALIKE = 0.5, 64
+
 
 def have_same_weights(first: Path, second: Path, part: tuple[str, ...] = ("",)) -> bool:
     """Whether all weights of one model are among those of the other, whatever else the two have.
@@ -49,6 +52,56 @@ def have_same_weights(first: Path, second: Path, part: tuple[str, ...] = ("",)) 
     # Small tensors first: biases and norms distinguish most models.
     ours.sort(key=lambda tensor: tensor.count)
     return all(any(_is_same(tensor, other) for other in by_size[tensor.count]) for tensor in ours)
+
+
+def alike_share(first: Path, second: Path) -> float:
+    """Share of the weights of two models that are alike: equal, or trained from equal ones.
+
+    Matrices and kernels of one name and shape are compared by the correlation of their values. Training from random
+    weights leaves next to none between two networks; fine-tuning leaves nearly all of it. The share is of the smaller
+    model's matrices and kernels, in [0, 1].
+
+    Args:
+        first, second: folders; of archives, whose tensors have no names, nothing is known: 0.
+
+    Raises:
+        JobError: a file is damaged.
+    """
+    if first.is_file() or second.is_file():
+        return 0.0
+    ours, theirs = _matrices(first), _matrices(second)
+    common = [name for name, tensor in ours.items() if name in theirs and theirs[name].shape == tensor.shape]
+    alike = sum(ours[name].count for name in common if _are_alike(ours[name].lazy, theirs[name].lazy))
+    smaller = min(sum(tensor.count for tensor in side.values()) for side in (ours, theirs))
+    return alike / smaller if smaller else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Matrix:
+    lazy: _LazyTensor
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return self.lazy.count
+
+
+def _matrices(folder: Path) -> dict[str, _Matrix]:
+    """The weights of a folder that have two dimensions or more: biases and norms are much the same in any network."""
+    return {
+        name: _Matrix(_LazyTensor(tensor.dtype, math.prod(tensor.shape), tensor.read), tensor.shape)
+        for name, tensor in stored_tensors(folder).items()
+        if tensor.dtype in _SIZES and len(tensor.shape) > 1 and math.prod(tensor.shape) > _MIN_ALIKE
+    }
+
+
+def _are_alike(first: _LazyTensor, second: _LazyTensor) -> bool:
+    import numpy as np
+
+    ours, theirs = (tensor.floats().astype("<f8") for tensor in (first, second))
+    ours, theirs = ours - ours.mean(), theirs - theirs.mean()
+    scale = math.sqrt(float(ours @ ours) * float(theirs @ theirs))
+    return bool(scale > 0 and np.isfinite(scale) and float(ours @ theirs) > _ALIKE * scale)
 
 
 @dataclass(frozen=True, slots=True)

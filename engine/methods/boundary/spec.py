@@ -19,6 +19,7 @@ class BoundaryGuidanceSpec(PresetParameters):
     }  # fmt: skip
     PUBLISHED: ClassVar[frozenset[str]] = frozenset({"unet"})
     OLD_VALUES: ClassVar[Mapping[str, tuple[str, ...]]] = {"step": ("norm", "paper"), "gradient": ("detached", "unet")}
+    BY_STEP: ClassVar[Mapping[str, str]] = {"cap": "polyak"}
     OLD_FIELDS: ClassVar[frozenset[str]] = frozenset({"step", "cap", "every", "gradient", "skip_last"})
 
     step: Literal["polyak", "norm", "paper"] = Field(

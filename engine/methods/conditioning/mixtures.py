@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.methods.conditioning.gaussians import ClassMoments
 from engine.methods.conditioning.input_checks import check_embeddings, check_kind, check_spread, class_text
 from engine.methods.conditioning.seeds import derived_seed
 
@@ -83,6 +84,17 @@ class ClassMixtures:
             for index, number in enumerate(self.num_components.tolist())
             if 0 < number < wanted
         ]
+
+    def moments(self) -> ClassMoments:
+        """Mean and spread of each whole mixture.
+
+        Expectation maximisation leaves both as the images have them, but for `reg_covar`: they are those that one
+        Gaussian a class would be made from.
+        """
+        weights, means = self.weights[..., None], self.means.double()
+        mean = (weights * means).sum(1)
+        variance = (weights * (self.stds.double().square() + (means - mean[:, None]).square())).sum(1)
+        return ClassMoments(self.labels, self.count.clone(), mean, variance * self.count[:, None])
 
     def check(self, class_index: int) -> None:
         """Check that a class can be drawn from.

@@ -59,6 +59,19 @@ class PredictorOptions:
             raise ValueError(f"holdout: {self.holdout} is not a share above 0 and below 1")
 
 
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """Outcomes that are exchanged.
+
+    Attributes:
+        share: of the images, in [0, 1].
+        order: one of many in which they can be.
+    """
+
+    share: float
+    order: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictorFit:
     """The outcome of training.
@@ -142,7 +155,13 @@ class ErrorPredictor:
 
 
 def fit_predictor(
-    embeds: Tensor, errors: Tensor, classes: Tensor, labels: Sequence[str], options: PredictorOptions | None = None
+    embeds: Tensor,
+    errors: Tensor,
+    classes: Tensor,
+    labels: Sequence[str],
+    options: PredictorOptions | None = None,
+    *,
+    exchange: Exchange | None = None,
 ) -> PredictorFit:
     """Train on one part of a validation set and evaluate on the other.
 
@@ -152,6 +171,7 @@ def fit_predictor(
         classes: [N] class indices.
         labels: n class names in index order.
         options: `PredictorOptions()` where not given.
+        exchange: of outcomes among the images trained on, which weakens the predictor on purpose.
 
     Returns:
         The predictor with its evaluation, or the reason why there is none: a target without errors is no fault.
@@ -167,7 +187,8 @@ def fit_predictor(
         advice = predictor_advice(int(errors.sum()), None)
         return PredictorFit(predictor=None, evaluation=None, verdict=f"cannot be trained: {reason}", advice=advice)
     held_out = _hold_out(errors, classes, options)
-    predictor = train_predictor(embeds[~held_out], errors[~held_out], options)
+    trained_on = exchange_outcomes(errors[~held_out], exchange or Exchange(0.0), options.seed)
+    predictor = train_predictor(embeds[~held_out], trained_on, options)
     evaluation = evaluate(
         predictor.log_odds(embeds[held_out]),
         errors[held_out],
@@ -200,6 +221,20 @@ def train_predictor(embeds: Tensor, errors: Tensor, options: PredictorOptions) -
                 cross_entropy(_forward(layers, inputs[rows]), targets[rows], weight=weights).backward()
                 optimiser.step()
     return ErrorPredictor(layers, mean, std)
+
+
+def exchange_outcomes(errors: Tensor, exchange: Exchange, seed: int) -> Tensor:
+    """Error flags [N] with those of a share of the images exchanged among them: what a poor validation set would say.
+
+    As many errors remain. The images of a smaller share are among those of a larger one, and with a share of 1 no flag
+    has to do with its image.
+    """
+    generator = torch.Generator("cpu").manual_seed(derived_seed(seed, f"exchange{exchange.order or ''}"))
+    ranks, order = (torch.randperm(len(errors), generator=generator) for _ in range(2))
+    chosen = ranks < round(exchange.share * len(errors))
+    exchanged = errors.clone()
+    exchanged[chosen] = errors[order[chosen[order]]]
+    return exchanged
 
 
 def outcome_weights(errors: Tensor) -> Tensor:

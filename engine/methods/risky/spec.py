@@ -20,6 +20,10 @@ class RiskyGuidanceSpec(PresetParameters):
     }  # fmt: skip
     OLD_VALUES: ClassVar[Mapping[str, tuple[str, ...]]] = {"step": ("paper",), "gradient": ("detached",)}
     LATER_FIELDS: ClassVar[frozenset[str]] = frozenset({"oracle_floor"})
+    BY_STEP: ClassVar[Mapping[str, str]] = {
+        "scale": "paper", "conformity_weight": "paper", "target_risk": "polyak", "tolerance": "polyak",
+        "conformity_floor": "polyak", "oracle_floor": "polyak", "cap": "polyak",
+    }  # fmt: skip
     OLD_FIELDS: ClassVar[frozenset[str]] = frozenset(
         {
             "step", "scale", "conformity_weight", "conformity", "target_risk", "tolerance", "cap", "every",
