@@ -8,6 +8,7 @@ import http.server
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ class Request:
 
     operation: str
     path: str
+    query: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +34,13 @@ class Fault:
     Attributes:
         kind: `status` answers with `status` and `body`; `reset` and `close` end the connection before an answer;
             `cut` answers with half of the body; `garbage` with 200 and no XML; `lost` forwards the request and ends
-            the connection before the answer; `unconditional` forwards it without `If-None-Match`.
+            the connection before the answer; `slow` forwards it after some seconds; `unconditional` forwards it
+            without `If-None-Match`.
     """
 
     kind: str
     status: int = 500
+    seconds: float = 0.0
     body: bytes = b""
 
 
@@ -109,10 +113,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_response_only(100)
             self.end_headers()
         body = self.rfile.read(size)
-        request = Request(operation_of(self.command, self.path), urlsplit(self.path).path)
+        url = urlsplit(self.path)
+        request = Request(operation_of(self.command, self.path), url.path, url.query)
         self.server.seen.append(request.operation)
         fault = self.server.choose(request)
-        if fault is None or fault.kind in ("unconditional", "cut", "lost"):
+        time.sleep(fault.seconds if fault else 0.0)
+        if fault is None or fault.kind in ("unconditional", "cut", "lost", "slow"):
             dropped = {"if-none-match"} if fault and fault.kind == "unconditional" else set()
             self.pass_on(body, dropped, fault.kind if fault else "")
         elif fault.kind == "status":

@@ -7,17 +7,30 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from engine.data.run.commit_packs import PACKS
-from engine.data.run.commit_record import COMMITS
-from engine.data.run.commits import compact_commits, list_commits, read_commit, read_commits
+from engine.data.run.commit_packs import MERGE_BELOW_BYTES, MERGE_PACKS, PACKS, packs_to_merge
+from engine.data.run.commit_record import COMMITS, CommitRecord
+from engine.data.run.commits import (
+    CommitPacker,
+    compact_commits,
+    inspect_records,
+    list_commits,
+    read_commit,
+    read_commits,
+)
 from engine.data.run.counts import ShardCounts, parse_record_name, record_name
 from engine.data.run.resume import open_output
 from engine.data.run.shards import inspect_pair
 from engine.data.stores.base import STAGING, TORN, Store
+from engine.data.stores.folder import FolderStore
 from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError
 from engine.job.plan import Plan
@@ -142,6 +155,9 @@ def test_a_committed_file_that_is_damaged_is_reported_not_replaced(tmp_path: Pat
     with pytest.raises(CorruptShardError, match=r"demo-000000\.tar: is not the file that was committed"):
         commit_one(store, plan, 0, attempt=2)
     path.unlink()
+    with pytest.raises(CorruptShardError, match=r"demo-000000\.tar: is missing, but shard 0 is committed"):
+        commit_one(store, plan, 0, attempt=2, noise=1)
+    assert not path.exists(), "a file of another attempt in its place"
     assert commit_one(store, plan, 0, attempt=2) == read_commit(store, 0)
     assert_whole(store, Plan(plan.requests, plan.identity, ((dataclasses.replace(plan.stages[0][0], stop=4),),)))
 
@@ -287,3 +303,135 @@ def test_a_hundred_thousand_records_are_listed_in_a_second(tmp_path: Path) -> No
             seconds.append(time.process_time() - started)
     assert len(listed) == 100_000 and listed[99_999].counts.ok == 256
     assert min(seconds) < 4, seconds
+
+
+def loose_record(number: int) -> CommitRecord:
+    """A record that describes no files: what is tested is where it lies."""
+    return CommitRecord(
+        shard=number,
+        name=f"a-{number:06d}",
+        plan_digest="p",
+        request=0,
+        start=number,
+        stop=number + 1,
+        attempt=1,
+        worker="w",
+        counts=ShardCounts(ok=1, accepted=1, accepted_per_class={"000": 1}),
+        tar_sha256="0" * 64,
+        tar_md5="0" * 32,
+        tar_bytes=3,
+        parquet_sha256="0" * 64,
+        parquet_bytes=5,
+        timing={},
+    )
+
+
+class KilledError(Exception):
+    """In place of a signal."""
+
+
+class MortalStore(FolderStore):
+    """A folder whose process dies before one of its changes."""
+
+    lives = -1
+
+    def publish(self, name: str, data: bytes | Path) -> bool:
+        self._live()
+        return super().publish(name, data)
+
+    def remove(self, name: str) -> None:
+        self._live()
+        super().remove(name)
+
+    def _live(self) -> None:
+        self.lives -= 1
+        if self.lives == 0:
+            raise KilledError
+
+
+class PackingRun(RuleBasedStateMachine):
+    """Drivers of one run commit, pack, merge and die in any order; after each step every record is there once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.drivers = [MortalStore(Path(self.folder.name)) for _ in range(2)]
+        self.packers = [CommitPacker(driver, every=3) for driver in self.drivers]
+        self.committed: set[int] = set()
+
+    @rule(who=st.integers(0, 1), number=st.integers(0, 40), lives=st.integers(0, 6))
+    def commit(self, who: int, number: int, lives: int) -> None:
+        """A worker commits a shard, of which the driver hears, even twice; some drivers die of it."""
+        record = loose_record(number)
+        if number not in self.committed:
+            self.drivers[1 - who].publish(record.file_name, record.to_json().encode())
+            self.committed.add(number)
+        self._may_die(who, lives, lambda: self.packers[who].add(record))
+
+    @rule(who=st.integers(0, 1), lives=st.integers(0, 8), max_loose=st.integers(0, 3))
+    def compact(self, who: int, lives: int, max_loose: int) -> None:
+        """A driver starts, or closes the run."""
+        self._may_die(who, lives, lambda: compact_commits(self.drivers[who], max_loose))
+
+    def _may_die(self, who: int, lives: int, act: Callable[[], object]) -> None:
+        self.drivers[who].lives = lives
+        try:
+            act()
+        except KilledError:
+            self.packers[who] = CommitPacker(self.drivers[who], every=3)
+        self.drivers[who].lives = -1
+
+    @invariant()
+    def every_record_is_there_once(self) -> None:
+        """Whatever anybody reads."""
+        store = self.drivers[0]
+        assert list_commits(store).keys() == self.committed
+        assert [record.shard for record in read_commits(store)] == sorted(self.committed)
+        assert sorted(number for number, _ in inspect_records(store)) == sorted(self.committed)
+
+    def teardown(self) -> None:
+        self.folder.cleanup()
+
+
+def test_no_order_of_packing_merging_and_dying_loses_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.data.run.commit_packs.MERGE_PACKS", 3)
+    # Packs of two sizes: a pack of some records takes a kilobyte or two.
+    monkeypatch.setattr("engine.data.run.commit_packs.MERGE_BELOW_BYTES", (1_700, 2_200))
+    run_state_machine_as_test(
+        PackingRun, settings=hypothesis.settings(max_examples=6, stateful_step_count=25, deadline=None)
+    )
+
+
+def test_a_pack_that_is_merged_while_it_is_read_stays_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listed before, opened after: the reader lists again. Opened before: it reads what it has opened."""
+    store = open_store(str(tmp_path))
+    monkeypatch.setattr("engine.data.run.commit_packs.MERGE_PACKS", 3)
+    packer = CommitPacker(store, every=2)
+    for number in range(4):
+        store.publish(loose_record(number).file_name, loose_record(number).to_json().encode())
+        packer.add(loose_record(number))
+    reading = read_commits(store)
+    assert next(reading).shard == 0 and len(store.list(PACKS)) == 2
+    listed = store.list(PACKS)
+    for number in (4, 5):
+        store.publish(loose_record(number).file_name, loose_record(number).to_json().encode())
+        packer.add(loose_record(number))
+    assert store.list(PACKS) == [f"{PACKS}/000003.parquet"] and not store.list(COMMITS)
+    assert [record.shard for record in reading] == [1, 2, 3]
+    real, lists = store.list, [listed]
+    monkeypatch.setattr(store, "list", lambda folder="": lists.pop() if folder == PACKS and lists else real(folder))
+    assert list(list_commits(store)) == list(range(6)) and not lists
+
+
+@given(st.lists(st.integers(100, 3 * 10**7), max_size=60))
+def test_few_packs_are_left_however_large_they_are(sizes: list[int]) -> None:
+    """Merging ends, and a run of any length has at most nine packs of each size below ten megabytes."""
+    packs = {f"{number:06d}": size for number, size in enumerate(sizes)}
+    for number in range(1000, 1000 + len(sizes)):
+        if not (names := packs_to_merge(packs)):
+            break
+        assert len(names) >= MERGE_PACKS
+        packs[f"{number:06d}"] = sum(packs.pop(name) for name in names)
+    assert not packs_to_merge(packs) and sum(packs.values()) == sum(sizes)
+    for low, high in zip((0, *MERGE_BELOW_BYTES), MERGE_BELOW_BYTES, strict=False):
+        assert sum(low <= size < high for size in packs.values()) < MERGE_PACKS

@@ -666,7 +666,7 @@ def test_inspect_saves_what_it_lists(
     for options, reason in (
         (("--key", "x", "--limit", "2"), "--limit: lists several samples"),
         (("--save", tmp_path / "a"), "--save: select samples with --filter"),
-        (("--filter", "accepted", "--save", "s3://bucket/a"), "images are written to folders alone"),
+        (("--filter", "accepted", "--save", "s3://bucket/a"), "is written on this machine alone"),
         (("--filter", "accepted", "--save", first / "manifest.json"), "--save"),
         (("--filter", "accepted", "--save", first / "shards/mine"), "lies in the folder of a run"),
     ):

@@ -68,10 +68,14 @@ def test_named_sets_stand_beside_paths():
     source = open_images("digits:test-single", names)
     first = list(itertools.islice(source.read(), 21))
     assert source.num_images == 347 * 21 and len({one.contexts for one in first}) == 21
+    # A scan in all contexts is one origin; images of mixed sets have none.
+    second = next(itertools.islice(source.read(), 21, None))
+    assert {one.origin for one in first} == {"scan 0"} and second.origin == "scan 1"
+    assert open_images("digits:validation-single", names).num_images == len(digits.load_sources("validation")) * 21
     label = int(digits.load_sources("test").labels[0])
     assert {one.class_index for one in first} == {names.index(digits.CLASS_NAMES[label])}
     mixed = list(itertools.islice(open_images("digits:validation", names).read(), 50))
-    assert all(one.contexts for one in mixed) and {one.image.size for one in mixed} == {(32, 32)}
+    assert all(one.contexts and not one.origin for one in mixed) and {one.image.size for one in mixed} == {(32, 32)}
     with pytest.raises(JobError, match="did you mean 'digits:validation'"):
         open_images("digits:validatoin", names)
     with pytest.raises(JobError, match="no class 'zero'"):

@@ -149,6 +149,49 @@ def test_copies_follow_the_object(s3_store: ObjectStore, monkeypatch: pytest.Mon
     assert not home.exists() and s3_store.fetch("y/1").stat().st_size == 50
 
 
+def test_a_document_is_read_once_while_it_is_unchanged(s3_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the names of a listing; what another process wrote since is read again, what it removed is not there."""
+    other = connected(s3_store.name)
+    for name in ("a", "b", "c"):
+        other.replace(f"x/{name}", name.encode())
+    asked: list[str] = []
+    ranges = s3_store.client.fs.cat_ranges
+
+    def note(keys: list[str], *arguments: Any, **options: Any) -> Any:
+        asked.extend(keys)
+        return ranges(keys, *arguments, **options)
+
+    monkeypatch.setattr(s3_store.client.fs, "cat_ranges", note)
+
+    def read() -> dict[str, Any]:
+        asked.clear()
+        return dict(s3_store.read_each(s3_store.list("x"), listed=True))
+
+    assert read() == {"x/a": b"a", "x/b": b"b", "x/c": b"c"} and len(asked) == 3
+    assert read() == {"x/a": b"a", "x/b": b"b", "x/c": b"c"} and not asked
+    other.replace("x/a", b"A")
+    other.remove("x/b")
+    s3_store.replace("x/c", b"C")
+    assert read() == {"x/a": b"A", "x/c": b"C"} and len(asked) == 2
+    assert dict(s3_store.read_each(["x/a"])) == {"x/a": b"A"} and len(asked) == 3, "not of a listing"
+
+
+def test_what_was_written_is_not_read_back(s3_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file from the staging folder is its own copy, by its checksum, also of parts; not where another wrote since."""
+    monkeypatch.setattr("s3fs.core.calculate_chunksize", lambda size, chunksize=None: 5 * 2**20)
+    for size in (10, 11 * 2**20):
+        staged = s3_store.staging() / "staged"
+        staged.write_bytes(b"1" * size)
+        s3_store.replace("large", staged)
+        with monkeypatch.context() as patch:
+            patch.setattr(s3_store.client.fs, "get_file", None)
+            assert not staged.exists() and s3_store.fetch("large").read_bytes() == b"1" * size
+        staged.write_bytes(b"2" * size)
+        s3_store.replace("large", staged)
+        connected(s3_store.name).replace("large", b"3" * size)
+        assert s3_store.fetch("large").read_bytes() == b"3" * size
+
+
 def test_a_forked_process_connects_again(s3_store: ObjectStore) -> None:
     """Workers of a data loader are forked: the parent's connections and threads are not theirs."""
     s3_store.replace("x", b"of the parent")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -28,14 +31,40 @@ from engine.driver.executors.local import LocalExecutor
 from engine.driver.status import read_status
 from engine.errors import EXIT_OK, EXIT_OWNED, CorruptShardError, OutputError
 from tests.conftest import REPOSITORY
+from tests.hub_server import OWNER, HubServer
 from tests.s3_cases import BUCKET, COUNT, NUM_SHARDS, connected, objects
+from tests.s3_proxy import Request, proxy_of
 from tests.sleepy import run_sleepy
 
 
-def test_a_run_has_the_bytes_of_a_local_one(s3_store: ObjectStore, local_tars: dict[str, bytes]) -> None:
-    """Tars byte for byte, every file of the contract, a journal, nothing torn; the same command has nothing to do."""
-    summary = run_sleepy(s3_store.uri, COUNT, LocalExecutor(2))
+def check_costs(asked: list[Request]) -> None:
+    """Seven requests a shard, from its upload to the closed run: three create it, record and rows are read once.
+
+    Two are for images of the report, which are of a limited number of shards. All others do not grow with the shards.
+    """
+    named = re.compile(r"(?:sleepy-|_state/commits/)\d{6}")
+    shards = [one.operation for one in asked if named.search(unquote(one.path + one.query))]
+    costs = Counter(shards)
+    # Each worker tests the condition of the store once, with its first file.
+    assert costs["PutObject"] - 3 * NUM_SHARDS in (1, 2)
+    assert costs == {"PutObject": costs["PutObject"], "GetObject": 3 * NUM_SHARDS, "HeadObject": NUM_SHARDS}
+    assert len(asked) - len(shards) < 140
+
+
+def test_a_run_has_the_bytes_of_a_local_one(
+    s3_server: str, s3_store: ObjectStore, local_tars: dict[str, bytes]
+) -> None:
+    """Tars byte for byte, every file of the contract, a journal, nothing torn; the same command has nothing to do.
+
+    It asks the store no more often than it need.
+    """
+    asked: list[Request] = []
+    with proxy_of(s3_server) as proxy, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.uri)
+        proxy.choose = asked.append
+        summary = run_sleepy(s3_store.uri, COUNT, LocalExecutor(2))
     assert summary.exit_code == EXIT_OK and summary.report == f"{s3_store.uri}/report.html"
+    check_costs(asked)
     found = objects(s3_store)
     assert {name: data for name, data in found.items() if name.endswith(".tar")} == local_tars
     assert {SUCCESS, METADATA, "manifest.json", "README.md", "report.html", "shards/wids.json"} <= set(found)
@@ -47,6 +76,16 @@ def test_a_run_has_the_bytes_of_a_local_one(s3_store: ObjectStore, local_tars: d
     assert again.was_complete and {name: data for name, data in objects(s3_store).items() if STATE in name} == {
         name: data for name, data in found.items() if STATE in name
     }
+
+
+def test_a_run_is_pushed_from_its_address(call, s3_store: ObjectStore, hub: HubServer) -> None:
+    """Its tars arrive on the Hub byte for byte."""
+    assert run_sleepy(s3_store.uri, 1, LocalExecutor(1)).exit_code == EXIT_OK
+    assert call("push", s3_store.uri, "--to", f"hf://datasets/{OWNER}/sleepy")[0] == 0
+    tars = {name: data for name, data in objects(s3_store).items() if name.endswith(".tar")}
+    pushed = hub.tree("sleepy")
+    assert tars and {name: data for name, data in pushed.items() if name.endswith(".tar")} == tars
+    assert SUCCESS in pushed and s3_store.uri.encode() not in b"".join(pushed.values())
 
 
 def test_a_lost_object_of_a_finished_run_is_reported(s3_store: ObjectStore) -> None:
@@ -131,11 +170,11 @@ def test_a_store_that_cannot_be_read_is_no_damage(s3_store: ObjectStore, monkeyp
     run_sleepy(s3_store.uri, COUNT, LocalExecutor(2))
     before = objects(s3_store)
 
-    def fail(lpath: str, *_: Any, **__: Any) -> None:
+    def fail(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     reader = connected(s3_store.name)
-    monkeypatch.setattr(reader.client.fs, "get_file", fail)
+    monkeypatch.setattr(reader.client, "download", fail)
     for look in (verify, repair):
         with pytest.raises(OutputError, match=r"shards/sleepy-000000\.tar: the local folder .* the disk is full"):
             look(reader)
@@ -194,11 +233,13 @@ def test_every_command_on_the_quickstart(s3_server: str, call: Any, tmp_path: Pa
     assert (tmp_path / "e1/train-00000-of-00001.parquet").read_bytes() == (
         tmp_path / "e2/train-00000-of-00001.parquet"
     ).read_bytes()
-    code, _, err = call("export", run, "--output", "s3://bucket/export")
-    assert code == 2 and err == (
-        "error: --output s3://bucket/export: an export is written to folders alone; give a folder, and copy it from"
-        " there, such as with `aws s3 sync`\n"
-    )
+    code, out, err = call("merge", run, "--output", "s3://bucket/merged")
+    assert code == 0 and out.endswith(" images in s3://bucket/merged\n") and connected("merged").exists(SUCCESS), err
+    assert len(engine.open_run("s3://bucket/merged")) == len(engine.open_run(run).with_images())
+    calibration = ["--data", "digits:validation", "--only", "calibration", "--executor", "local"]
+    code, out, err = call("prepare", job, *calibration, "--output", "s3://bucket/artefacts")
+    assert code == 0 and "artefact       s3://bucket/artefacts/calibration-" in out, err
+    assert "existed already" in call("prepare", job, *calibration, "--output", "s3://bucket/artefacts")[1]
     code, out, err = call("rescore", run, "--target", "zoo:digits/classifier-b")
     assert code == 0 and f"scores: {run}/rescored/classifier-b-" in out, err
     [scores] = open_store(run).list("rescored")
@@ -213,6 +254,9 @@ def test_every_command_on_the_quickstart(s3_server: str, call: Any, tmp_path: Pa
     assert open_store(f"{run}/{scores}").read("report.html").count(b"<img src=") == 16
     code, out, err = call("evaluate", run, "--limit", "10")
     assert code == 0 and f"figures: {run}/evaluation.json" in out, err
+    code, out, err = call("evaluate", run, "--limit", "10", "--output", "s3://bucket/evaluated")
+    assert code == 0 and "figures: s3://bucket/evaluated/evaluation.json" in out, err
+    assert set(connected("evaluated").list()) >= {"evaluation.json", "report.html"}
     check_reading(run, f"{run}/{scores}")
 
 

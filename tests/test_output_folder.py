@@ -51,6 +51,17 @@ def test_ways_into_them_are_refused(tmp_path):
             check_output(open_store(str(uri)))
 
 
+def test_the_working_folder_of_a_submitted_job_is_refused(tmp_path, monkeypatch):
+    """Ray unpacks `--working-dir` there on one machine, and removes it: where relative paths lead a submitted job."""
+    folder = tmp_path / "session_1/runtime_resources/working_dir_files/_ray_pkg_1"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    for uri in ("runs/x", ".", str(folder)):
+        with pytest.raises(OutputError, match="working folder of a submitted job"):
+            check_output(open_store(uri))
+    check_output(open_store(str(tmp_path / "runs/x")))
+
+
 def test_homes_are_refused_and_what_is_in_them_is_not(home):
     """The home itself, as `~` too, and what holds it."""
     for uri in (str(home), "~", "~/", "~/.", str(home.parent), f"{home}/x/.."):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -214,9 +215,9 @@ def commands(tmp_path_factory) -> Path:
 
 def test_a_hostile_run_gives_a_report_and_reported_damage(tmp_path, commands):
     """`report`, `inspect`, `verify` and `export`, in bounded memory and without a traceback, for every member."""
-    lines: list[list[str]] = []
+    sound, lines = make_run(tmp_path / "sound", count=1, name="h"), list[list[str]]()
     for number, make in enumerate(IN_RUNS.values()):
-        run = make_run(tmp_path / f"run-{number}", count=1, name="h")
+        run = shutil.copytree(sound, tmp_path / f"run-{number}")
         bend(run, make)
         output = str(tmp_path / f"out-{number}")
         lines += [["report", str(run)], ["inspect", str(run)], ["verify", str(run)],

@@ -34,6 +34,7 @@ class LabelledImage:
     Attributes:
         contexts: its contexts, for tables by context; empty where they are not known.
         is_synthetic: whether its file is marked as made by a trained model (IPTC), or a run's record is next to it.
+        origin: what it was made of, such as one scan that is drawn in many contexts; empty where that is not known.
     """
 
     name: str
@@ -41,6 +42,7 @@ class LabelledImage:
     class_index: int
     contexts: tuple[str, ...] = ()
     is_synthetic: bool = False
+    origin: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,11 +25,14 @@ NAMED = {
     "digits:train": "train scans in mixed contexts",
     "digits:train-seen": "train scans in the contexts that the zoo's `classifier` was trained on",
     "digits:validation": "validation scans in mixed contexts",
+    "digits:validation-single": "validation scans, each in every context with one attribute off its default",
     "digits:test": "test scans in mixed contexts",
+    "digits:test-plain": "test scans in no context: white ink, black ground, normal size, in the centre",
     "digits:test-single": "test scans, each in every context with one attribute off its default",
 }
 # Composites of a mixed set.
 _NUM_MIXED = {"train": 6000, "validation": 3000, "test": 3470}
+_NUM_PLAIN = 347
 
 
 def open_images(address: str, labels: tuple[str, ...], option: str = "--data") -> ImageSource:
@@ -115,9 +118,12 @@ def _digits(name: str, labels: tuple[str, ...], option: str) -> ImageSource:
     if unknown := [name for name in digits.CLASS_NAMES if not labelling.is_class(name)]:
         raise JobError(f"{option}: '{name}' has digits, and the target has no class '{unknown[0]}'; give {SOUGHT}")
     split = name.removeprefix("digits:")
-    is_single = split == "test-single"
+    is_single = split.endswith("-single")
+    num_contexts = len(digits.single_contexts())
     if is_single:
-        composites = digits.compose_single("test", seed=0)
+        composites = digits.compose_single(split.removesuffix("-single"), seed=0)
+    elif split == "test-plain":
+        composites = digits.compose_split("test", _NUM_PLAIN, seed=0, plain=True)
     elif split == "train-seen":
         composites = digits.compose_seen(_NUM_MIXED["train"], seed=0)
     else:
@@ -127,7 +133,10 @@ def _digits(name: str, labels: tuple[str, ...], option: str) -> ImageSource:
         single = (digits.context_text(composites.contexts, row),)
         tags = single if is_single else digits.attribute_texts(composites.contexts, row)
         index = labelling.of_name(digits.CLASS_NAMES[int(composites.labels[row])])
-        return LabelledImage(f"{name} {row}", PIL.Image.fromarray(composites.images[row]), index, tags)
+        image = PIL.Image.fromarray(composites.images[row])
+        return LabelledImage(
+            f"{name} {row}", image, index, tags, origin=f"scan {row // num_contexts}" if is_single else ""
+        )
 
     def items() -> Iterator[Item]:
         return (partial(read_row, row) for row in range(len(composites)))

@@ -1,6 +1,7 @@
 """Merge and export: the selected samples of some runs as a new data set, without near duplicates, with real images.
 
-The same command gives the same bytes. The data set is built under a temporary name and renamed once it is complete.
+The same command gives the same bytes. The data set is built under a temporary name and renamed once it is complete; at
+an address of an object store its files appear one by one, `_SUCCESS` last.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from engine.data.images.image_source import some_of
 from engine.data.reading.corpus import Corpus, open_run
 from engine.data.reading.export_card import export_card
 from engine.data.reading.export_options import (
+    EXPORT,
     ExportOptions,
     check_classes,
     check_export_output,
@@ -38,9 +40,10 @@ from engine.data.reading.source import RunSource
 from engine.data.run.file_names import CARD, CLASS_MAP, CLASSES, EXPORT_KIND, FOLDER_LABELS, MANIFEST, SUCCESS
 from engine.data.run.manifest import software_versions
 from engine.data.run.shard_writing import record_json
+from engine.data.stores.base import Store
+from engine.data.stores.built_output import BuiltOutput, built_output
 from engine.data.stores.file_errors import explained
 from engine.data.stores.folder import FolderStore
-from engine.data.stores.fresh_folder import fresh_folder
 from engine.errors import JobError
 from engine.job.class_names import distinct_names
 from engine.job.columns import SCHEMA_VERSION
@@ -58,15 +61,21 @@ class Exported:
     """What was written.
 
     Attributes:
+        address: its folder, or the address of an object store.
         manifest: the content of manifest.json.
         notices: what was told before work began: which keys change, which samples are taken once.
         remarks: what else the user should know, in words.
     """
 
-    path: Path
+    address: str
     manifest: dict[str, Any]
     notices: tuple[str, ...]
     remarks: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        """Its folder, where that is on this machine."""
+        return Path(self.address)
 
 
 def export(
@@ -89,14 +98,14 @@ def export(
     Side effects:
         Nothing is left behind when it raises or is interrupted.
     """
-    corpus, home = _opened(uris, options)
+    corpus, store = _opened(uris, options)
     selection = select(corpus, spares_surplus=_spares_surplus(options))
     notices = selection_notices(corpus, selection)
     for notice in notices:
         notify(notice)
-    with fresh_folder(home) as built:
+    with built_output(store, EXPORT, SUCCESS, notify) as built:
         manifest, remarks = _Export(corpus, selection, options, built, advance).write()
-    return Exported(path=home, manifest=manifest, notices=notices, remarks=remarks)
+    return Exported(address=store.address(), manifest=manifest, notices=notices, remarks=remarks)
 
 
 def preview(uris: tuple[str, ...], options: ExportOptions) -> dict[str, Any]:
@@ -107,7 +116,7 @@ def preview(uris: tuple[str, ...], options: ExportOptions) -> dict[str, Any]:
     Raises:
         RiskforgeError: as `export`, as far as rows and files tell.
     """
-    corpus, home = _opened(uris, options)
+    corpus, store = _opened(uris, options)
     selection = select(corpus, spares_surplus=_spares_surplus(options))
     taken = Counter(sample.run for sample in selection.samples)
     runs = [
@@ -121,20 +130,20 @@ def preview(uris: tuple[str, ...], options: ExportOptions) -> dict[str, Any]:
         for number, source in enumerate(corpus.runs)
     ]
     notices = list(selection_notices(corpus, selection))
-    return {"output": str(home), "images": len(selection.samples), "runs": runs, "notices": notices}
+    return {"output": store.address(), "images": len(selection.samples), "runs": runs, "notices": notices}
 
 
-def _opened(uris: tuple[str, ...], options: ExportOptions) -> tuple[Corpus, Path]:
-    """The rows to choose from, and the folder of the output, checked."""
+def _opened(uris: tuple[str, ...], options: ExportOptions) -> tuple[Corpus, Store]:
+    """The rows to choose from, and the place of the output, checked."""
     check_options(options)
     corpus = open_run(*uris)
-    home = check_export_output(options, corpus)
+    store = check_export_output(options, corpus)
     check_sources(corpus, options)
     if options.condition:
         corpus = corpus.filter(options.condition, "--filter")
     corpus.with_images(rejected=options.with_rejected, surplus=options.with_surplus).check_any()
     surplus = options.with_surplus or _spares_surplus(options)
-    return corpus.with_images(rejected=options.with_rejected, surplus=surplus), home
+    return corpus.with_images(rejected=options.with_rejected, surplus=surplus), store
 
 
 def _spares_surplus(options: ExportOptions) -> bool:
@@ -150,12 +159,12 @@ class _Export:
         corpus: Corpus,
         selection: Selection,
         options: ExportOptions,
-        built: Path,
+        built: BuiltOutput,
         advance: Callable[[str], None],
     ) -> None:
         self._corpus, self._selection, self._options, self._advance = corpus, selection, options, advance
         self._format = FORMATS[options.format]
-        self._store = FolderStore(built)
+        self._built, self._store = built, FolderStore(built.path)
         self._pairs = SelectedPairs(corpus, self._selection) if self._format.has_pairs else None
         self._reader = SampleReader(corpus, self._selection)
         self._labels = corpus.labels or _labels_of_rows(corpus)
@@ -267,6 +276,7 @@ class _Export:
                 samples_per_shard=options.samples_per_shard,
                 image_format=image_format,
                 pairs=self._pairs.images if self._pairs else None,
+                finished=self._built.finished,
             )
         )
 

@@ -11,11 +11,14 @@ from engine.data.reading.format_registry import DEFAULT_FORMAT, FORMATS, check_f
 from engine.data.reading.formats import check_folders
 from engine.data.reading.selection import Chosen
 from engine.data.run.shards import is_key
-from engine.data.stores.folder import FolderStore
-from engine.data.stores.opening import open_store, refuse_objects
+from engine.data.stores.base import Store
+from engine.data.stores.built_output import occupying_names
+from engine.data.stores.opening import open_store
 from engine.errors import CorruptShardError, JobError, OutputError
 from engine.job.spec_messages import nearest
 
+# What builds the output, for the mark of an unfinished one.
+EXPORT = "export"
 DEFAULT_NAME = "corpus"
 DEFAULT_REAL_RATIO = 0.5
 # Of which classes real images are taken.
@@ -152,29 +155,25 @@ def spdx_licence(text: str) -> str:
         ) from None
 
 
-def check_export_output(options: ExportOptions, corpus: Corpus) -> Path:
-    """The folder of the output, which is empty or absent, and does not overlap with a run.
+def check_export_output(options: ExportOptions, corpus: Corpus) -> Store:
+    """The place of the output, which is empty or absent, and does not overlap with a run.
 
     Raises:
         OutputError: it is not.
     """
-    refuse_objects(options.output, "--output", "an export")
     store = open_store(options.output)
-    assert isinstance(store, FolderStore), "there is no other kind"
-    resolved = store.place
+    resolved, shown = store.place, store.address()
     for source in corpus.runs:
         places = [store.place for store in source.stores]
         if any(resolved.is_relative_to(place) or place.is_relative_to(resolved) for place in places):
-            raise OutputError(
-                f"--output: {store.root} is in the folder of '{source.uri}', or around it; choose one outside"
-            )
+            raise OutputError(f"--output: {shown} is in the folder of '{source.uri}', or around it; choose one outside")
     if options.real is not None and resolved.is_relative_to(Path(options.real).expanduser().resolve()):
-        raise OutputError(f"--output: {store.root} is in the folder of --mix-real; choose one outside")
-    if names := store.list():
-        raise OutputError(f"--output: {store.root} is not empty ({names[0]!r}); choose another, or remove it first")
+        raise OutputError(f"--output: {shown} is in the folder of --mix-real; choose one outside")
+    if names := occupying_names(store, EXPORT):
+        raise OutputError(f"--output: {shown} is not empty ({names[0]!r}); choose another, or remove it first")
     if resolved.parent == resolved:
-        raise OutputError(f"--output: {store.root} is the root of the file system; choose a folder")
-    return store.root
+        raise OutputError(f"--output: {shown} is the root of the file system; choose a folder")
+    return store
 
 
 def check_sources(corpus: Corpus, options: ExportOptions) -> None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import JobError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from engine.data.reading.pairs import ImageFile
     from engine.data.stores.folder import FolderStore
     from engine.job.records import SampleResult
@@ -33,6 +35,7 @@ class ExportData:
         samples_per_shard: in each file of a format that divides samples.
         image_format: extension of all images, of a format that requires one.
         pairs: of a format of pairs, start and twin of a sample by its key; None where it has no such image.
+        finished: is told of a large file, or one of many, that the writer needs no more: it may be uploaded and leave.
     """
 
     store: FolderStore
@@ -44,6 +47,7 @@ class ExportData:
     samples_per_shard: int
     image_format: str
     pairs: Callable[[str], tuple[ImageFile | None, ImageFile | None]] | None = None
+    finished: Callable[[Path], None] = lambda path: None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

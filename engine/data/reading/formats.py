@@ -53,6 +53,7 @@ def write_webdataset(data: ExportData) -> Written:
         commits[number] = CommitSummary(number, staged.counts)
         entries.append(IndexEntry(f"{stem}.tar", staged.counts.attempted, staged.tar_md5, staged.tar_bytes))
         discard(staged)
+        data.finished(store.path(f"{SHARDS}/{stem}.tar"))
     write_metadata(store, data.name, commits)
     write_index_files(store, entries)
     store.remove_tree(STATE)
@@ -88,6 +89,7 @@ def write_imagefolder(data: ExportData) -> Written:
                 place = f"{folders[record['class_index']]}/{record['key']}.{extension}"
                 (root / place).parent.mkdir(exist_ok=True)
                 (root / place).write_bytes(result.image)
+                data.finished(root / place)
                 rows.append({"file_name": place, "label": record["class_index"]} | record)
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
     return Written(data_files=[METADATA, "*/*"], loading=FILES_LOADING + FOLDERS_LOADING)
@@ -166,6 +168,7 @@ def _write_rows(
             while batch := list(islice(file_samples, ROWS_PER_GROUP)):
                 rows = [make_row(result, extension) for result, extension in batch]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+        data.finished(path)
 
 
 def parquet_schema(labels: Sequence[str], images: Sequence[str] = ("image",)) -> pa.Schema:

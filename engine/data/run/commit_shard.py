@@ -7,6 +7,7 @@ aside. The record always describes the published files.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import time
 from collections.abc import Iterable
@@ -98,16 +99,30 @@ def _settle_in_turn(store: Store, own: CommitRecord, staged: ShardFiles) -> Comm
 def _settle(store: Store, own: CommitRecord, staged: ShardFiles) -> CommitRecord:
     """Publish or adopt the files of a shard, and its record."""
     names = file_names(own.name, own.companions)
-    if any(map(store.exists, names)) and (earlier := read_commit(store, own.shard)):
-        _check_committed(store, earlier, own, staged)
-        return earlier
     # All are published, whatever the first returns: a free name is filled, a taken one is checked below.
     is_own = [store.publish(name, path) for name, path in zip(names, staged.paths, strict=True)]
+    if not all(is_own) and (earlier := read_commit(store, own.shard)):
+        _withdraw(store, earlier, own, list(itertools.compress(names, is_own)))
+        _check_committed(store, earlier, own, staged)
+        return earlier
     record = own if all(is_own) else _adopt(store, own, staged)
     if not store.publish(record.file_name, record.to_json().encode()):
         record = parse_record(record.file_name, store.read(record.file_name))
+        _withdraw(store, record, own, list(itertools.compress(names, is_own)))
         _check_committed(store, record, own, staged)
     return record
+
+
+def _withdraw(store: Store, record: CommitRecord, own: CommitRecord, names: list[str]) -> None:
+    """Move own files aside that were published under names of a committed shard whose files had gone from there."""
+    for name in names:
+        digest, _ = own.files[name]
+        if name in record.files and record.files[name][0] != digest:
+            path = store.fetch(name)
+            with explained(store.address(name)):
+                is_own = path.is_file() and file_digest(path, "sha256") == digest
+            if is_own:
+                store.set_aside(name)
 
 
 def _adopt(store: Store, own: CommitRecord, staged: ShardFiles) -> CommitRecord:

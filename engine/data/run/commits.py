@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import heapq
-import operator
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.data.run.commit_packs import MAX_LOOSE, PACKS, pack_rows, packed_records, write_pack
+from engine.data.run.commit_packs import (
+    MAX_LOOSE,
+    merge_packs,
+    merged_records,
+    opened_packs,
+    pack_rows,
+    packed_records,
+    publish_pack,
+    write_pack,
+)
 from engine.data.run.commit_record import COMMITS, CommitRecord, parse_record
 from engine.data.run.counts import ShardCounts, parse_record_name, record_name
 from engine.data.stores.base import Store
@@ -55,9 +62,10 @@ def read_commit(store: Store, number: int) -> CommitRecord | None:
         parsed = parse_record_name(Path(name).name)
         if parsed and parsed[0] == number and (record := _read_loose(store, name)):
             return record
-    for pack in store.list(PACKS):
-        for row in pack_rows(store.fetch(pack), ["record"], number):
-            return parse_record(pack, row["record"])
+    with opened_packs(store) as packs:
+        for pack in packs:
+            for row in pack_rows(pack, ["record"], number):
+                return parse_record(pack.name, row["record"])
     return None
 
 
@@ -84,11 +92,11 @@ def _record_texts(store: Store) -> Iterator[tuple[int, str, str | bytes | Output
     """Number, name and text of every record, or why it cannot be read; loose ones first."""
     names = {name: parse_record_name(Path(name).name) for name in store.list(COMMITS)}
     numbers = {name: parsed[0] for name, parsed in names.items() if parsed}
-    for name, data in store.read_each(numbers):
+    for name, data in store.read_each(numbers, listed=True):
         yield numbers[name], Path(name).name, data
-    for pack in store.list(PACKS):
-        for row in pack_rows(store.fetch(pack), ["number", "name", "record"]):
-            yield row["number"], row["name"], row["record"]
+    with opened_packs(store) as packs:
+        for pack in packs:
+            yield from ((row["number"], row["name"], row["record"]) for row in pack_rows(pack))
 
 
 def _inspected(where: str, name: str, number: int, text: str | bytes | OutputError) -> CommitRecord | CorruptShardError:
@@ -109,13 +117,16 @@ def forget_commit(store: Store, number: int) -> list[str]:
     """
     loose = [name for name in store.list(COMMITS) if Path(name).name.startswith(f"{number:06d}.")]
     store.remove_all(loose)
-    packs = [pack for pack in store.list(PACKS) if any(pack_rows(store.fetch(pack), ["number"], number))]
-    for pack in packs:
-        staged = store.staging() / "pack.parquet"
-        kept = (record for record in packed_records(store, pack) if record.shard != number)
-        write_pack(staged, ((record.file_name, record) for record in kept))
-        store.replace(pack, staged)
-    return loose + packs
+    rewritten = []
+    with opened_packs(store) as packs:
+        for pack in packs:
+            if any(pack_rows(pack, ["number"], number)):
+                staged = store.staging() / "pack.parquet"
+                kept = (record for record in packed_records(pack) if record.shard != number)
+                write_pack(staged, ((record.file_name, record) for record in kept))
+                store.replace(pack.name, staged)
+                rewritten.append(pack.name)
+    return loose + rewritten
 
 
 def read_commits(store: Store) -> Iterator[CommitRecord]:
@@ -125,41 +136,63 @@ def read_commits(store: Store) -> Iterator[CommitRecord]:
         CorruptShardError: a record cannot be read.
     """
     last = -1
-    sources = [_loose_records(store), *(packed_records(store, pack) for pack in store.list(PACKS))]
-    for record in heapq.merge(*sources, key=operator.attrgetter("shard")):
-        if record.shard != last:
-            yield record
-        last = record.shard
+    # Loose ones are listed first: one that is being packed is in its pack before it stops being loose.
+    loose = _loose_records(store)
+    with opened_packs(store) as packs:
+        for record in merged_records(packs, loose):
+            if record.shard != last:
+                yield record
+            last = record.shard
 
 
 def compact_commits(store: Store, max_loose: int = MAX_LOOSE) -> int:
-    """Move the loose records into one pack when there are more than `max_loose`.
+    """Move the loose records into one pack when there are more than `max_loose`, and merge packs where there are many.
 
-    Safe with concurrently committing workers and at any interruption: a loose record is removed only once its pack is
-    published.
+    Safe with concurrently committing workers, a second driver and at any interruption: a record is removed only once
+    the pack that has it is published.
 
     Returns:
         Number of records packed.
     """
-    names = store.list(COMMITS)
-    if len(names) <= max_loose:
-        return 0
-    staged = store.staging() / "pack.parquet"
-    packed = write_pack(staged, _loose(store))
-    number = len(store.list(PACKS))
-    while not store.publish(f"{PACKS}/{number:06d}.parquet", staged):
-        number += 1
-    staged.unlink()
-    store.remove_all(packed)
-    return len(packed)
+    num_packed = len(publish_pack(store, _loose(store))) if len(store.list(COMMITS)) > max_loose else 0
+    merge_packs(store)
+    return num_packed
+
+
+class CommitPacker:
+    """Packs records while a run goes on, without reading them from the store again.
+
+    Args:
+        every: number of records in a pack.
+    """
+
+    def __init__(self, store: Store, every: int = MAX_LOOSE) -> None:
+        self._store, self._every = store, every
+        self._records: dict[str, CommitRecord] = {}
+
+    def add(self, record: CommitRecord) -> int:
+        """Take a record that is in the store; how many were packed by that.
+
+        Raises:
+            OutputError: the store refuses. The records are loose or packed, and are packed when the run is closed.
+            CorruptShardError: a pack cannot be read.
+        """
+        self._records[record.file_name] = record
+        if len(self._records) < self._every:
+            return 0
+        records, self._records = self._records, {}
+        publish_pack(self._store, sorted(records.items(), key=lambda item: item[1].shard))
+        merge_packs(self._store)
+        return len(records)
 
 
 def _all_names(store: Store) -> Iterator[str]:
     """File names of all records, loose ones first."""
     prefix = len(COMMITS) + 1
     yield from (name[prefix:] for name in store.list(COMMITS))
-    for pack in store.list(PACKS):
-        yield from (row["name"] for row in pack_rows(store.fetch(pack), ["name"]))
+    with opened_packs(store) as packs:
+        for pack in packs:
+            yield from (row["name"] for row in pack_rows(pack, ["name"]))
 
 
 def _counts_inside(store: Store, name: str, number: int) -> ShardCounts:
@@ -173,14 +206,14 @@ def _loose_records(store: Store) -> Iterator[CommitRecord]:
 
 
 def _loose(store: Store) -> Iterator[tuple[str, CommitRecord]]:
-    """Names and contents of the loose records in the order of their shards."""
+    """Names and contents of the loose records in the order of their shards; they are listed at once."""
     parsed = ((parse_record_name(Path(name).name), name) for name in store.list(COMMITS))
     numbered = [(parsed_name[0], name) for parsed_name, name in parsed if parsed_name]
     # Those that were packed after they were listed are not there.
-    for name, data in store.read_each(name for _, name in sorted(numbered)):
-        yield name, parse_record(store.address(name), data)
+    some = store.read_each((name for _, name in sorted(numbered)), listed=True)
+    return ((name, parse_record(store.address(name), data)) for name, data in some)
 
 
 def _read_loose(store: Store, name: str) -> CommitRecord | None:
     """A loose record, or None where it was packed after it was listed."""
-    return next((parse_record(store.address(name), data) for _, data in store.read_each([name])), None)
+    return next((parse_record(store.address(name), data) for _, data in store.read_each([name], listed=True)), None)

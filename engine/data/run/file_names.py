@@ -11,6 +11,8 @@ REPORT = "report.html"
 EVALUATION = "evaluation.json"
 # How a run differs from its baseline; `riskforge compare --baseline` and `riskforge run --baseline` write it.
 COMPARISON = "comparison.json"
+# What the study found that a run is part of; `riskforge study` writes it.
+STUDY = "study.json"
 # Unguided twins that `riskforge evaluate` found among the samples of requests without guidance.
 TWINS_TABLE = "twins.parquet"
 WIDS_INDEX = "shards/wids.json"
@@ -42,7 +44,7 @@ RESCORED_FROM = "rescored_from"
 EXPORT_KIND = "export"
 
 RUN_FILES = (
-    SUCCESS, METADATA, MANIFEST, CARD, REPORT, EVALUATION, COMPARISON, TWINS_TABLE, WIDS_INDEX, TIMM_INFO,
+    SUCCESS, METADATA, MANIFEST, CARD, REPORT, EVALUATION, COMPARISON, STUDY, TWINS_TABLE, WIDS_INDEX, TIMM_INFO,
     SURPLUS_LIST,
 )  # fmt: skip
 CURATION_FILES = (CURATION_DOCUMENT, SELECTION, REWARD, AUDIT, SUSPECTS)

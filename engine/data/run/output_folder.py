@@ -25,6 +25,8 @@ _PARENTS = (
     "/private", "/private/tmp", "/private/var",
 )  # fmt: skip
 _REMEDY = "choose another --output, such as runs/NAME"
+# Where Ray puts the `--working-dir` of a job that was submitted, on one machine, as long as it runs.
+_SUBMITTED = "/runtime_resources/working_dir_files/"
 
 
 def check_output(store: Store) -> None:
@@ -53,6 +55,8 @@ def _forbidden(folder: Path) -> str:
         return "is the home folder, or holds it"
     if str(folder) in _PARENTS:
         return "is a folder for the folders of others"
+    if _SUBMITTED in f"{folder}/":
+        return "is in the working folder of a submitted job, which is removed; name a path that all machines share"
     own_trees = (*_EXEMPT, *([] if home is None or home == Path("/") else [str(home)]))
     is_exempt = any(folder.is_relative_to(tree) for tree in own_trees)
     trees = [] if is_exempt else [tree for tree in _SYSTEM_TREES if folder.is_relative_to(tree)]

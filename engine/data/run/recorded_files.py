@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.data.run.commit_packs import PACKS, reading_pack
+from engine.data.run.commit_packs import Pack, opened_packs, reading_pack
 from engine.data.run.commit_record import COMMITS, file_pair, parse_record
 from engine.data.run.companions import COMPANIONS, companion_name
 from engine.data.run.counts import parse_record_name
@@ -26,10 +26,12 @@ _FILES = (
 
 def recorded_files(store: Store) -> Iterator[tuple[int, str, int] | CorruptShardError]:
     """Shard, name and bytes of every file that the records list; an error instead of a record that cannot be read."""
-    for name, data in store.read_each(name for name in store.list(COMMITS) if parse_record_name(Path(name).name)):
+    names = (name for name in store.list(COMMITS) if parse_record_name(Path(name).name))
+    for name, data in store.read_each(names, listed=True):
         yield from _files_of(store.address(name), data)
-    for pack in store.list(PACKS):
-        yield from _packed_files(store.fetch(pack))
+    with opened_packs(store) as packs:
+        for pack in packs:
+            yield from _packed_files(pack)
 
 
 def _files_of(where: str, text: str | bytes | OutputError) -> Iterator[tuple[int, str, int] | CorruptShardError]:
@@ -42,17 +44,17 @@ def _files_of(where: str, text: str | bytes | OutputError) -> Iterator[tuple[int
         yield record.shard, name, num_bytes
 
 
-def _packed_files(path: Path) -> Iterator[tuple[int, str, int] | CorruptShardError]:
+def _packed_files(pack: Pack) -> Iterator[tuple[int, str, int] | CorruptShardError]:
     """As `recorded_files`, of a pack: there may be a million, so that JSON is only read where a pattern fails."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    with reading_pack(path), pq.ParquetFile(path) as file:
+    with reading_pack(pack.path), pq.ParquetFile(pack.file, pre_buffer=False) as file:
         for batch in file.iter_batches(columns=["record"]):
             matches = pc.extract_regex(batch.column(0), _FILES).to_pylist()
             for place, fields in enumerate(matches):
                 if fields is None:
-                    yield from _files_of(shown_path(path), batch.column(0)[place].as_py())
+                    yield from _files_of(shown_path(pack.path), batch.column(0)[place].as_py())
                     continue
                 tar, parquet = file_pair(fields["name"])
                 yield int(fields["shard"]), tar, int(fields["tar"])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,6 @@ from engine.data.run.outcomes import errors, label_validity, oracle_agreement, p
 from engine.job.class_names import distinct_pairs
 from engine.job.columns import (
     ASKED,
-    BY_NAME,
     ERRS,
     NO_CLASS,
     Column,
@@ -24,6 +24,7 @@ from engine.job.columns import (
     stored_names,
 )
 from engine.job.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED
+from engine.methods.quantiles import MAX_VALUES, QuantileSketch
 from engine.methods.registry import is_guided
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ SUMMARY_COLUMNS = tuple(
     )
 )  # fmt: skip
 _QUARTILES = (0.25, 0.5, 0.75)
+ROWS_PER_TABLE = 65_536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,25 +137,32 @@ def shown_entry_scores(groups: Sequence[GroupSummary]) -> dict[str, EntryScore]:
 
 
 def summarise(metadata: Path) -> list[GroupSummary]:
-    """The groups of a data set in the order of their first sample.
+    """The groups of a data set in the order of their first sample, in bounded memory.
 
     Args:
         metadata: a parquet file, or a folder of them, with the columns of a shard.
     """
-    return summarise_table(_read_slim(metadata))
+    sums = GroupSums()
+    for table in read_tables(metadata, SUMMARY_COLUMNS, texts=_TEXTS):
+        sums.add(table)
+    return sums.groups()
 
 
 def count_classes(metadata: Path) -> dict[str, dict[str, int]]:
     """Samples per class and status, classes in the order of labels; with their indices where a name is double."""
-    import pyarrow.parquet as pq
+    import pyarrow as pa
 
-    table = pq.read_table(metadata, columns=["class_name", "class_index", "status"], partitioning=None)
-    table = table.append_column("class", class_texts(table))
+    found: Counter[tuple[str, int, str]] = Counter()
+    for table in read_tables(metadata, ["class_name", "class_index", "status"]):
+        rows = table.group_by(["class_name", "class_index", "status"]).aggregate([([], "count_all")]).to_pylist()
+        found.update({(row["class_name"], row["class_index"], row["status"]): row["count_all"] for row in rows})
+    names, indices, statuses = zip(*found, strict=True) if found else ((), (), ())
+    pairs = {"class_name": pa.array(names, pa.string()), "class_index": pa.array(indices, pa.int64())}
+    texts = class_texts(pa.table(pairs)).to_pylist()
     counts: dict[str, dict[str, int]] = {}
-    rows = table.group_by(["class", "class_index", "status"]).aggregate([([], "count_all")]).to_pylist()
-    for row in sorted(rows, key=lambda row: (row["class_index"], row["class"])):
-        empty = dict.fromkeys((STATUS_OK, STATUS_REJECTED, STATUS_FAILED), 0)
-        counts.setdefault(row["class"], empty)[row["status"]] = row["count_all"]
+    for _, text, status, count in sorted(zip(indices, texts, statuses, found.values(), strict=True)):
+        of_class = counts.setdefault(text, dict.fromkeys((STATUS_OK, STATUS_REJECTED, STATUS_FAILED), 0))
+        of_class[status] = of_class.get(status, 0) + count
     return counts
 
 
@@ -183,22 +192,20 @@ def count_guidance(metadata: Path) -> dict[str, dict[str, int]]:
     Of the latter the gradient was zero, or not finite and dropped, at every guided step.
     """
     import numpy as np
-    import pyarrow.parquet as pq
 
     columns = ["request", "status", "guided_steps", "zero_gradients", "nonfinite_gradients"]
-    table = pq.read_table(metadata, columns=columns, partitioning=None)
-    table = table.filter(scored_rows(table))
-    steps, zero, dropped = (_numbers(table, name) for name in columns[2:])
-    guided = steps > 0
-    flags = {"scored": np.ones(len(steps)), "guided": guided, "without_effect": guided & (zero + dropped >= steps)}
-    requests = table["request"].combine_chunks().dictionary_encode()
-    names, codes = requests.dictionary.to_pylist(), requests.indices.to_numpy()
-    sums = {flag: np.bincount(codes, values, minlength=len(names)).astype(int) for flag, values in flags.items()}
-    return {
-        name: {flag: int(counts[code]) for flag, counts in sums.items()}
-        for code, name in enumerate(names)
-        if sums["guided"][code]
-    }
+    counts: dict[str, Counter[str]] = {}
+    for table in read_tables(metadata, columns):
+        table = table.filter(scored_rows(table))
+        steps, zero, dropped = (_numbers(table, name) for name in columns[2:])
+        guided = steps > 0
+        flags = {"scored": np.ones(len(steps)), "guided": guided, "without_effect": guided & (zero + dropped >= steps)}
+        requests = table["request"].combine_chunks().dictionary_encode()
+        names, codes = requests.dictionary.to_pylist(), requests.indices.to_numpy()
+        sums = {flag: np.bincount(codes, values, minlength=len(names)).astype(int) for flag, values in flags.items()}
+        for code, name in enumerate(names):
+            counts.setdefault(name, Counter()).update({flag: int(of_flag[code]) for flag, of_flag in sums.items()})
+    return {name: dict(of_request) for name, of_request in counts.items() if of_request["guided"]}
 
 
 def read_dials(metadata: Path, job: JobSpec) -> dict[str, dict[str, float]]:
@@ -210,68 +217,206 @@ def read_dials(metadata: Path, job: JobSpec) -> dict[str, dict[str, float]]:
     """
     import numpy as np
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
     targets = {request.name: job.parameters_of(request).risk_target for request in job.requests}
     wanted = {name: target for name, target in targets.items() if target is not None}
     if not wanted:
         return {}
-    table = pq.read_table(metadata, columns=["request", "status", "risk", "guided_steps"], partitioning=None)
-    # At strength 0 no step is taken that could be guided.
-    table = table.filter(scored_rows(table)).filter(pc.field("guided_steps") > 0)
-    dials = {}
-    for name, target in wanted.items():
-        risk = table.filter(pc.equal(table["request"], name))["risk"].to_numpy()
-        if len(risk):
-            distance = np.abs(risk - target.risk)
-            dials[name] = {
-                "target_risk": float(target.risk),
-                "tolerance": float(target.tolerance),
-                "risk_median": float(np.median(risk)),
-                "share_within_tolerance": float(np.mean(distance <= target.tolerance)),
-                "distance_median": float(np.median(distance)),
-            }
-    return dials
+    risks, distances = QuantileSketch(), QuantileSketch()
+    within, total = Counter[int](), Counter[int]()
+    for table in read_tables(metadata, ["request", "method", "status", "scored", "risk", "guided_steps"]):
+        # At strength 0 no step is taken that could be guided.
+        table = table.filter(scored_rows(table)).filter(pc.field("guided_steps") > 0)
+        for place, (name, target) in enumerate(wanted.items()):
+            risk = table.filter(pc.equal(table["request"], name))["risk"].to_numpy()
+            distance, group = np.abs(risk - target.risk), np.full(len(risk), place)
+            risks.add(group, risk)
+            distances.add(group, distance)
+            within[place] += int((distance <= target.tolerance).sum())
+            total[place] += len(risk)
+    return {
+        name: {
+            "target_risk": float(target.risk),
+            "tolerance": float(target.tolerance),
+            "risk_median": risks.median(place) or 0.0,
+            "share_within_tolerance": within[place] / total[place],
+            "distance_median": distances.median(place) or 0.0,
+        }
+        for place, (name, target) in enumerate(wanted.items())
+        if total[place]
+    }
+
+
+def read_tables(metadata: Path, names: Iterable[str], *, texts: Sequence[str] = ()) -> Iterator[pa.Table]:
+    """Columns of a data set in its order, some ten thousand rows at a time; those columns that it has.
+
+    Args:
+        metadata: a parquet file, or a folder of them.
+        texts: columns of few distinct texts, which it must have.
+
+    Raises:
+        ValueError: it lacks one of `texts`.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = sorted(metadata.glob("*.parquet")) if metadata.is_dir() else [metadata]
+    for path in files:
+        stored = pq.read_schema(path).names
+        if missing := set(texts) - set(stored):
+            raise ValueError(f"{path}: has no column {min(missing)}")
+        columns = stored_names(names, stored)
+        # What is read ahead would be kept until the file is closed.
+        with pq.ParquetFile(path, read_dictionary=list(texts), pre_buffer=False) as file:
+            for batch in file.iter_batches(ROWS_PER_TABLE, columns=columns, use_threads=False):
+                yield pa.Table.from_batches([batch])
 
 
 def summarise_table(table: pa.Table) -> list[GroupSummary]:
     """The groups of a table that has the columns of a shard, in the order of their first sample."""
-    import numpy as np
-
-    if not table.num_rows:
-        return []
-    codes = _group_codes(table)
-    scores = [column.name for column in _SCORES if _is_stored(table, column)]
-    columns = {name: _numbers(table, name) for name in [*scores, "accepted"]}
-    columns |= {name: without_absent(columns[name], BY_NAME[name]) for name in scores if BY_NAME[name].is_optional}
-    columns |= {status: _equals(table, "status", status) for status in (STATUS_OK, STATUS_REJECTED, STATUS_FAILED)}
-    columns |= {"scored": scored_rows(table), "error": errors(table), "oracle": oracle_agreement(table)}
-    columns |= {"valid": label_validity(table)}
-    columns |= {name: _entry_readings(table, entry) for name, entry in _ENTRY_SCORES.items()}
-    transfers = _transfer_readings(table)
-    order = np.argsort(codes, kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
-    first = table.select(["request", "method", "context"]).take([int(rows[0]) for rows in groups]).to_pylist()
-    return [
-        _group(names, scores, {name: column[rows] for name, column in columns.items()}, _of_rows(transfers, rows))
-        for names, rows in zip(first, groups, strict=True)
-    ]
+    sums = GroupSums()
+    sums.add(table)
+    return sums.groups()
 
 
-def _read_slim(metadata: Path) -> pa.Table:
-    import pyarrow.dataset
-    import pyarrow.parquet as pq
+class GroupSums:
+    """The summary of a data set that comes in tables: counts are exact, and medians up to `MAX_VALUES` samples.
 
-    stored = pyarrow.dataset.dataset(metadata, format="parquet").schema.names
-    columns = stored_names(SUMMARY_COLUMNS, stored)
-    return pq.read_table(metadata, columns=columns, read_dictionary=_TEXTS, partitioning=None)
+    Args:
+        max_values: up to how many scored samples medians and quartiles are exact (`QuantileSketch`).
+    """
 
+    def __init__(self, max_values: int = MAX_VALUES) -> None:
+        self._new_sketch = partial(QuantileSketch, max_values)
+        # Request and context, with the method of the first sample.
+        self._codes: dict[tuple[str, str], int] = {}
+        self._methods: list[str] = []
+        self._sums: defaultdict[str, defaultdict[int, float]] = defaultdict(partial(defaultdict, float))
+        self._scores: dict[str, QuantileSketch] = {}
+        self._transfers: dict[str, QuantileSketch] = {}
+        self._stored: set[str] = set()
 
-def _is_stored(table: pa.Table, column: Column) -> bool:
-    """Whether any row has a score: earlier schema versions lack later ones, and most rows have no second image."""
-    if column.name not in table.column_names:
-        return False
-    return bool(len(measured(table[column.name], column))) if table.num_rows else not column.is_optional
+    def add(self, table: pa.Table) -> None:
+        """Take the next rows, which have the columns of a shard."""
+        import numpy as np
+
+        if not table.num_rows:
+            return
+        codes = self._group_codes(table)
+        scored, error = scored_rows(table), errors(table)
+        oracle, valid = oracle_agreement(table), label_validity(table)
+        has_oracle, has_validity = scored & (oracle >= 0), scored & (valid >= 0)
+        ones = np.ones(len(codes))
+        self._count("attempted", codes, ones)
+        for status in (STATUS_OK, STATUS_REJECTED, STATUS_FAILED):
+            self._count(status, codes, _equals(table, "status", status))
+        self._count("accepted", codes, _numbers(table, "accepted"))
+        self._count("scored", codes, scored)
+        self._count("error", codes, error & scored)
+        self._count("has_oracle", codes, has_oracle)
+        self._count("oracle", codes, np.where(has_oracle, oracle, 0))
+        self._count("valid_failure", codes, np.where(has_oracle, oracle * error, 0))
+        self._count("has_validity", codes, has_validity)
+        self._count("valid", codes, np.where(has_validity, valid, 0))
+        self._count("strict_failure", codes, np.where(has_validity, valid * error, 0))
+        self._add_scores(table, codes, scored)
+        self._add_entries(table, codes)
+        self._add_transfers(table, codes)
+
+    def _group_codes(self, table: pa.Table) -> np.ndarray:
+        """The number of its group for each row; groups are numbered in order of appearance."""
+        import numpy as np
+
+        codes = _group_codes(table)
+        _, first = np.unique(codes, return_index=True)
+        rows = table.select(["request", "method", "context"]).take(first).to_pylist()
+        numbers = []
+        for row in rows:
+            name = row["request"], row["context"]
+            if name not in self._codes:
+                self._codes[name] = len(self._codes)
+                self._methods.append(row["method"])
+            numbers.append(self._codes[name])
+        return np.array(numbers)[codes]
+
+    def _count(self, name: str, codes: np.ndarray, values: np.ndarray) -> None:
+        """Add whole numbers, so that the order of the sum makes no difference."""
+        import numpy as np
+
+        sums = np.bincount(codes, values)
+        for code in np.flatnonzero(sums).tolist():
+            self._sums[name][code] += float(sums[code])
+
+    def _add_scores(self, table: pa.Table, codes: np.ndarray, scored: np.ndarray) -> None:
+        import numpy as np
+
+        for column in _SCORES:
+            if column.name not in table.column_names:
+                continue
+            if len(measured(table[column.name], column)):
+                self._stored.add(column.name)
+            values = _numbers(table, column.name)
+            values = without_absent(values, column) if column.is_optional else values
+            known = scored & ~np.isnan(values)
+            self._scores.setdefault(column.name, self._new_sketch()).add(codes[known], values[known])
+
+    def _add_entries(self, table: pa.Table, codes: np.ndarray) -> None:
+        import numpy as np
+
+        for name, entry in _ENTRY_SCORES.items():
+            readings = _entry_readings(table, entry)
+            known = ~np.isnan(readings)
+            self._count(f"num {name}", codes, known)
+            for code in np.unique(codes[known]).tolist():
+                self._sums[f"sum {name}"][code] += float(readings[known & (codes == code)].sum())
+
+    def _add_transfers(self, table: pa.Table, codes: np.ndarray) -> None:
+        import numpy as np
+
+        for model, (risk, wrong) in _transfer_readings(table).items():
+            seen = ~np.isnan(risk)
+            self._count(f"seen {model}", codes, seen)
+            self._count(f"wrong {model}", codes, np.where(seen, wrong, 0))
+            self._transfers.setdefault(model, self._new_sketch()).add(codes[seen], risk[seen])
+
+    def groups(self) -> list[GroupSummary]:
+        """The groups so far, in the order of their first sample."""
+        return [
+            self._group(request, context, method, code)
+            for (request, context), method, code in zip(self._codes, self._methods, self._codes.values(), strict=True)
+        ]
+
+    def _group(self, request: str, context: str, method: str, code: int) -> GroupSummary:
+        def total(name: str) -> int:
+            return int(self._sums[name][code])
+
+        def share(name: str, among: str) -> float | None:
+            return self._sums[name][code] / total(among) if total(among) else None
+
+        return GroupSummary(
+            request=request,
+            method=method,
+            context=context,
+            attempted=total("attempted"),
+            ok=total(STATUS_OK),
+            rejected=total(STATUS_REJECTED),
+            failed=total(STATUS_FAILED),
+            accepted=total("accepted"),
+            error_rate=share("error", "scored"),
+            oracle_agreement=share("oracle", "has_oracle"),
+            valid_failure_rate=share("valid_failure", "has_oracle"),
+            valid_label_rate=share("valid", "has_validity"),
+            strict_failure_rate=share("strict_failure", "has_validity"),
+            transfer=tuple(self._transfer(model, code) for model in self._transfers if total(f"seen {model}")),
+            scores={name: _spread(sketch, code) for name, sketch in self._scores.items() if name in self._stored},
+            entry_means={name: share(f"sum {name}", f"num {name}") for name in _ENTRY_SCORES},
+        )
+
+    def _transfer(self, model: str, code: int) -> TransferSummary:
+        seen, wrong = self._sums[f"seen {model}"][code], self._sums[f"wrong {model}"][code]
+        return TransferSummary(
+            model=model, error_rate=wrong / seen, risk_median=self._transfers[model].median(code) or 0.0
+        )
 
 
 def without_absent(values: np.ndarray, column: Column) -> np.ndarray:
@@ -279,36 +424,6 @@ def without_absent(values: np.ndarray, column: Column) -> np.ndarray:
     import numpy as np
 
     return np.where(values == column.empty, np.nan, values)
-
-
-def _group(
-    names: dict[str, Any], scores: Sequence[str], rows: dict[str, np.ndarray], transfer: tuple[TransferSummary, ...]
-) -> GroupSummary:
-    scored = rows["scored"]
-    has_oracle, has_validity = (scored & (rows[name] >= 0) for name in ("oracle", "valid"))
-    return GroupSummary(
-        **names,
-        attempted=len(scored),
-        ok=int(rows[STATUS_OK].sum()),
-        rejected=int(rows[STATUS_REJECTED].sum()),
-        failed=int(rows[STATUS_FAILED].sum()),
-        accepted=int(rows["accepted"].sum()),
-        error_rate=_mean(rows["error"][scored]),
-        oracle_agreement=_mean(rows["oracle"][has_oracle]),
-        valid_failure_rate=_mean((rows["oracle"] * rows["error"])[has_oracle]),
-        valid_label_rate=_mean(rows["valid"][has_validity]),
-        strict_failure_rate=_mean((rows["valid"] * rows["error"])[has_validity]),
-        transfer=transfer,
-        scores={name: _spread(_known(rows[name][scored])) for name in scores},
-        entry_means={name: _mean(_known(rows[name])) for name in _ENTRY_SCORES},
-    )
-
-
-def _known(values: np.ndarray) -> np.ndarray:
-    """The values that are known, without NaN."""
-    import numpy as np
-
-    return values[~np.isnan(values)]
 
 
 def _group_codes(table: pa.Table) -> np.ndarray:
@@ -368,33 +483,9 @@ def _transfer_readings(table: pa.Table) -> dict[str, tuple[np.ndarray, np.ndarra
     return readings
 
 
-def _of_rows(readings: dict[str, tuple[np.ndarray, np.ndarray]], rows: np.ndarray) -> tuple[TransferSummary, ...]:
-    import numpy as np
-
-    summaries = []
-    for model, (risks, wrong) in readings.items():
-        risk, error = risks[rows], wrong[rows]
-        seen = ~np.isnan(risk)
-        if seen.any():
-            summaries.append(
-                TransferSummary(
-                    model=model, error_rate=float(error[seen].mean()), risk_median=float(np.median(risk[seen]))
-                )
-            )
-    return tuple(summaries)
-
-
-def _spread(values: np.ndarray) -> Spread | None:
-    import numpy as np
-
-    if not len(values):
-        return None
-    q25, median, q75 = (float(value) for value in np.quantile(values, _QUARTILES))
-    return Spread(q25=q25, median=median, q75=q75)
-
-
-def _mean(values: np.ndarray) -> float | None:
-    return float(values.mean()) if len(values) else None
+def _spread(sketch: QuantileSketch, group: int) -> Spread | None:
+    quartiles = sketch.quantiles(group, _QUARTILES)
+    return Spread(q25=quartiles[0], median=quartiles[1], q75=quartiles[2]) if quartiles else None
 
 
 def group_document(group: GroupSummary) -> dict[str, Any]:

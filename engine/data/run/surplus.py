@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.data.run.counts import class_code
+from engine.data.run.summary import read_tables
 from engine.job.plan import Plan
 
 if TYPE_CHECKING:
@@ -90,8 +91,6 @@ def surplus_lines(metadata: Path) -> Iterator[bytes]:
         metadata: a parquet file, or a folder of them, with the column `surplus`.
     """
     import pyarrow.compute as pc
-    import pyarrow.dataset
 
-    rows = pyarrow.dataset.dataset(metadata, format="parquet", partitioning=None)
-    for batch in rows.to_batches(columns=["key"], filter=pc.field("surplus")):
-        yield from (f"{key}\n".encode() for key in batch["key"].to_pylist())
+    for table in read_tables(metadata, ["key", "surplus"]):
+        yield from (f"{key}\n".encode() for key in table.filter(pc.field("surplus"))["key"].to_pylist())

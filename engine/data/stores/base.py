@@ -80,11 +80,15 @@ class Store(ABC):
 
     @abstractmethod
     def read_each(
-        self, names: Iterable[str], max_bytes: int = MAX_RECORD_BYTES
+        self, names: Iterable[str], max_bytes: int = MAX_RECORD_BYTES, *, listed: bool = False
     ) -> Iterator[tuple[str, bytes | OutputError]]:
         """Names and bytes of many small files in their order; those that are not there any more are left out.
 
         For a file that cannot be read, such as one that is too large, the error is given instead of its bytes.
+
+        Args:
+            listed: the names are of a listing just made. What was read before, and is unchanged in that listing, need
+                not be read again.
         """
 
     @abstractmethod
@@ -136,7 +140,7 @@ class Store(ABC):
 
     @abstractmethod
     def replace(self, name: str, data: bytes | Path) -> None:
-        """Create or overwrite a file atomically. For files that are regenerated each time."""
+        """Create or overwrite a file atomically; a file from `staging()` is moved. For files that are regenerated."""
 
     @abstractmethod
     def append(self, name: str, text: str) -> None:

@@ -111,11 +111,14 @@ class ConditionalPut:
         Raises:
             OutputError: it is not refused.
         """
-        if self._is_conditional or data_size(data) > MAX_TRIED_BYTES:
+        if data_size(data) > MAX_TRIED_BYTES:
             return
-        if not _is_refused(lambda: self._client.put(name, data, mode="create")):
-            raise OutputError(f"{self._client.uri}: {_NOT_CONDITIONAL}")
-        self._is_conditional = True
+        with self._lock:
+            if self._is_conditional:
+                return
+            if not _is_refused(lambda: self._client.put(name, data, mode="create")):
+                raise OutputError(f"{self._client.uri}: {_NOT_CONDITIONAL}")
+            self._is_conditional = True
 
     def _refuses_parts(self) -> bool:
         """Whether a taken name is refused to an upload in parts, too; tested once.

@@ -111,7 +111,7 @@ class FolderStore(Store):
             return read_whole(self.path(name), max_bytes)
 
     def read_each(
-        self, names: Iterable[str], max_bytes: int = MAX_RECORD_BYTES
+        self, names: Iterable[str], max_bytes: int = MAX_RECORD_BYTES, *, listed: bool = False
     ) -> Iterator[tuple[str, bytes | OutputError]]:
         """Names and bytes of the files that are there, one at a time."""
         for name in names:

@@ -68,10 +68,13 @@ class Lease:
 
     Attributes:
         number: of the driver, among all that have worked on the output.
+        name: of its file.
+        token: of the driver, as in `Holder`.
     """
 
     def __init__(self, store: Store, number: int, holder: Holder) -> None:
-        self.number = number
+        self.number, self.name = number, _name(number)
+        self.token = holder.token
         self._store = store
         self._holder = holder
         self._lost = ""

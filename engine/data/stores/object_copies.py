@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import secrets
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,8 +24,9 @@ MAX_COPIED_BYTES = 4 * 2**30
 MIN_COPIES = 64
 NUM_THREADS = 16
 
-# The version of an object that does not exist.
+# The version of an object that does not exist, and of one that this process wrote.
 _ABSENT = ""
+_UNKNOWN = "written here"
 
 
 @dataclass
@@ -56,6 +59,10 @@ class ObjectCopies:
     def fetch(self, name: str, *, keep: bool = False) -> Path:
         """As `Store.fetch`: an up-to-date copy; of a folder copies of the objects in it."""
         path = self._path_of(name)
+        with self._lock:
+            is_known = name in self._copies and path.is_file()
+        if not is_known and (info := self._download(name, path, self._client.download)):
+            return self._keep(name, path, info, keep=keep)
         info = self._client.request(name, lambda: self._client.info(name))
         if info is None:
             remove_path(path)
@@ -64,16 +71,33 @@ class ObjectCopies:
             return path
         if info["type"] == "directory":
             return self._fetch_folder(name, path)
-        version = object_version(info)
         with self._lock:
             copy = self._copies.get(name)
-            if copy is not None and copy.version == version and path.is_file():
-                copy.is_kept |= keep
-                self._copies.move_to_end(name)
-                return path
-        self._download(name, path)
+        is_current = copy is not None and path.is_file() and _is_current(copy, info, path)
+        if not is_current:
+            self._download(name, path, self._get)
+        return self._keep(name, path, info, keep=keep)
+
+    def add(self, name: str, path: Path) -> None:
+        """Move a local file that has just become an object to where the copy of that is, instead of reading it back.
+
+        `fetch` compares its checksum with that of the store: another process may have written the object since.
+        """
+        target = self._path_of(name)
+        with explained(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+            num_bytes = target.stat().st_size
         with self._lock:
-            self._copies[name] = _Copy(version, int(info["size"]), keep or (copy is not None and copy.is_kept))
+            self._copies[name] = _Copy(_UNKNOWN, num_bytes, is_kept=False)
+            self._remove_excess()
+
+    def _keep(self, name: str, path: Path, info: dict[str, Any], *, keep: bool) -> Path:
+        """Note that a copy is up to date."""
+        with self._lock:
+            earlier = self._copies.get(name)
+            is_kept = keep or (earlier is not None and earlier.is_kept)
+            self._copies[name] = _Copy(object_version(info), int(info["size"]), is_kept)
             self._copies.move_to_end(name)
             self._remove_excess()
         return path
@@ -114,17 +138,26 @@ class ObjectCopies:
                 remove_path(outdated)
         return path
 
-    def _download(self, name: str, path: Path) -> None:
+    def _get(self, name: str, path: Path) -> dict[str, Any] | None:
+        self._client.fs.get_file(self._client.key(name), str(path))
+        return {}
+
+    def _download(
+        self, name: str, path: Path, get: Callable[[str, Path], dict[str, Any] | None]
+    ) -> dict[str, Any] | None:
+        """Get an object, and make it the local copy; None where `get` gives None and nothing has changed."""
         part = self._folder.path() / f"{secrets.token_hex(8)}.part"
         try:
-            self._client.request(name, lambda: self._client.fs.get_file(self._client.key(name), str(part)))
-            with explained(part):
-                if path.is_dir():
-                    remove_path(path)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                part.replace(path)
+            info = self._client.request(name, lambda: get(name, part))
+            if info is not None:
+                with explained(part):
+                    if path.is_dir():
+                        remove_path(path)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    part.replace(path)
         finally:
             part.unlink(missing_ok=True)
+        return info
 
     def _remove_excess(self) -> None:
         """Remove the least recently used copies where all together are too large."""
@@ -142,3 +175,32 @@ class ObjectCopies:
 def object_version(info: dict[str, Any]) -> str:
     """What changes when an object is written: the generation on GCS; on S3 the ETag, or the time for equal bytes."""
     return str(info.get("generation") or (info.get("ETag"), info.get("LastModified"), info.get("size")))
+
+
+def _is_current(copy: _Copy, info: dict[str, Any], path: Path) -> bool:
+    """Whether a copy has the bytes of the object with these attributes; a checksum is computed where it was written."""
+    if copy.version != _UNKNOWN:
+        return copy.version == object_version(info)
+    return copy.num_bytes == info["size"] and _has_checksum(path, info)
+
+
+def _has_checksum(path: Path, info: dict[str, Any]) -> bool:
+    """Whether a file has the MD5 that a store states; False where it states another checksum, or none."""
+    etag = str(info.get("ETag", "")).strip('"')
+    if info.get("md5Hash"):
+        return base64.b64encode(_md5(path).digest()).decode() == info["md5Hash"]
+    if "-" not in etag:
+        return _md5(path).hexdigest() == etag
+    from s3fs import core
+
+    # Of an upload in parts: the MD5 of those of the parts, whose size s3fs chooses.
+    part_bytes, sums = int(core.calculate_chunksize(path.stat().st_size)), hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while part := file.read(part_bytes):
+            sums.update(hashlib.md5(part, usedforsecurity=False).digest())
+    return etag.startswith(f"{sums.hexdigest()}-")
+
+
+def _md5(path: Path) -> hashlib._Hash:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))

@@ -27,6 +27,7 @@ from engine.data.stores.conditional_put import ConditionalPut, data_size
 from engine.data.stores.object_appends import AppendedObjects
 from engine.data.stores.object_client import ObjectClient
 from engine.data.stores.object_copies import ObjectCopies, object_version
+from engine.data.stores.object_documents import ListedDocuments
 from engine.data.stores.object_errors import is_empty_range
 from engine.data.stores.process_folder import ProcessFolder, clean_folders
 from engine.errors import OutputError, StoreLostError
@@ -75,6 +76,7 @@ class ObjectStore(Store):
         self._copies = ObjectCopies(self.client, self._folder)
         self._appended = AppendedObjects(self._folder, self.replace)
         self._conditional = ConditionalPut(self.client, self._holds)
+        self._documents = ListedDocuments()
         _STORES.add(self)
 
     def __reduce__(self) -> tuple[Callable[[str], Store], tuple[str]]:
@@ -82,7 +84,7 @@ class ObjectStore(Store):
 
     def after_fork(self) -> None:
         """Drop connections and locks in a forked process: they belong to the parent."""
-        for part in (self.client, self._folder, self._copies, self._appended, self._conditional):
+        for part in (self.client, self._folder, self._copies, self._appended, self._conditional, self._documents):
             part.after_fork()
 
     # Names ---------------------------------------------------------------------------------------------------------
@@ -136,19 +138,29 @@ class ObjectStore(Store):
         return data
 
     def read_each(
-        self, names: Iterable[str], max_bytes: int = MAX_RECORD_BYTES
+        self, names: Iterable[str], max_bytes: int = MAX_RECORD_BYTES, *, listed: bool = False
     ) -> Iterator[tuple[str, bytes | OutputError]]:
         """Names and bytes of the objects that are there, many at a time."""
         rest = iter(names)
         while batch := list(itertools.islice(rest, READ_TOGETHER)):
-            keys, ends = [self.client.key(name) for name in batch], [max_bytes + 1] * len(batch)
-            read = partial(self.client.fs.cat_ranges, keys, [0] * len(batch), ends, on_error="return")
-            for name, data in zip(batch, self.client.request("", read), strict=True):
-                # By itself, with the retries and messages of `read`, where it was not read whole.
-                is_whole = isinstance(data, bytes) and len(data) <= max_bytes
-                result = data if is_whole else self._read_or_error(name, max_bytes)
+            known = {name: data for name in batch if listed and (data := self._documents.get(name)) is not None}
+            read = dict(self._read_together([name for name in batch if name not in known], max_bytes))
+            for name in batch:
+                result = known.get(name, read.get(name))
+                if isinstance(result, bytes) and listed:
+                    self._documents.add(name, result)
                 if result is not None:
                     yield name, result
+
+    def _read_together(self, names: Sequence[str], max_bytes: int) -> Iterator[tuple[str, bytes | OutputError | None]]:
+        if not names:
+            return
+        keys, ends = [self.client.key(name) for name in names], [max_bytes + 1] * len(names)
+        read = partial(self.client.fs.cat_ranges, keys, [0] * len(names), ends, on_error="return")
+        for name, data in zip(names, self.client.request("", read), strict=True):
+            # By itself, with the retries and messages of `read`, where it was not read whole.
+            is_whole = isinstance(data, bytes) and len(data) <= max_bytes
+            yield name, data if is_whole else self._read_or_error(name, max_bytes)
 
     def _read_or_error(self, name: str, max_bytes: int) -> bytes | OutputError | None:
         """An object's bytes, or why they cannot be read, or None where there is no such object."""
@@ -181,7 +193,9 @@ class ObjectStore(Store):
 
     def list(self, folder: str = "") -> list[str]:
         """Names in a folder, sorted; of folders that have something in them, too."""
-        keys = {entry["name"].rstrip("/") for entry in self._entries(folder)} - {self.client.key(folder)}
+        entries = self._entries(folder)
+        keys = {entry["name"].rstrip("/") for entry in entries} - {self.client.key(folder)}
+        self._documents.note(folder, entries, self.client.name_of)
         return sorted(map(self.client.name_of, keys))
 
     def sizes(self, folder: str) -> dict[str, int]:
@@ -221,8 +235,11 @@ class ObjectStore(Store):
         return filecmp.cmp(self.fetch(name), data, shallow=False)
 
     def replace(self, name: str, data: bytes | Path) -> None:
-        """Create or overwrite an object."""
+        """Create or overwrite an object; a file from `staging()` becomes its local copy."""
+        self._documents.forget(name)
         self.client.request(name, lambda: self.client.put(name, data, mode="overwrite"))
+        if isinstance(data, Path) and data.parent == self.staging():
+            self._copies.add(name, data)
 
     def append(self, name: str, text: str) -> None:
         """Add to a local file, which becomes the object now and then."""
@@ -234,6 +251,7 @@ class ObjectStore(Store):
 
     def remove(self, name: str) -> None:
         """Remove an object, if it is there."""
+        self._documents.forget(name)
         self.client.request(name, lambda: self.client.remove([name]))
 
     def remove_all(self, names: Iterable[str]) -> None:

@@ -79,6 +79,11 @@ def _open_folder(path: str) -> FolderStore:
     return FolderStore(root)
 
 
+def is_object_address(uri: str) -> bool:
+    """Whether this is an address of an object store, well-formed or not."""
+    return "://" in uri and uri.partition("://")[0].lower() in OBJECT_SCHEMES
+
+
 def refuse_objects(uri: str, option: str, what: str) -> None:
     """Refuse an address of an object store, for what is written to folders alone.
 
@@ -88,7 +93,7 @@ def refuse_objects(uri: str, option: str, what: str) -> None:
     Raises:
         OutputError: it is one.
     """
-    if uri.partition("://")[0].lower() in OBJECT_SCHEMES and "://" in uri:
+    if is_object_address(uri):
         raise OutputError(
             f"{option} {uri}: {what} is written to folders alone; give a folder, and copy it from there, such as with"
             " `aws s3 sync`"
