@@ -22,6 +22,7 @@ import PIL.Image
 
 from engine.data.run.companions import companions_of
 from engine.driver.executors.base import Executor
+from engine.driver.executors.fork_server import ForkServer
 from engine.driver.progress import PlainDisplay, Tally
 from engine.driver.run import run_job
 from engine.driver.run_summary import RunSummary
@@ -46,8 +47,9 @@ class Faults:
     """What goes wrong, by number of the shard.
 
     Attributes:
-        die: the process is killed, every time.
+        die: the process prints a line and is killed, every time.
         die_once: it is killed at the first attempt.
+        signal: that it is killed by.
         hang_once: at the first attempt it sleeps for an hour.
         slow_once: at the first attempt writing sleeps for an hour, while the next one is sampled.
         error: an exception, every time.
@@ -63,6 +65,7 @@ class Faults:
 
     die: Sequence[int] = ()
     die_once: Sequence[int] = ()
+    signal: int = signal.SIGKILL
     hang_once: Sequence[int] = ()
     slow_once: Sequence[int] = ()
     error: Sequence[int] = ()
@@ -94,6 +97,11 @@ class Gates:
     def waiting(self) -> set[int]:
         """Shards that got to their gates."""
         return {int(path.stem) for path in self._folder.glob("*.here")}
+
+    def forget(self) -> None:
+        """Forget who is there: a shard that is made again comes to the gate of its first attempt."""
+        for path in self._folder.glob("*.here"):
+            path.unlink()
 
     def wait(self, shard: int) -> None:
         """Be there until the gate is open."""
@@ -201,7 +209,8 @@ class Sleeper(InTurn):
         if number in self._faults.error:
             raise ZeroDivisionError(f"shard {number} is cursed")
         if number in self._faults.die or (number in self._faults.die_once and is_first):
-            os.kill(os.getpid(), signal.SIGKILL)
+            print(f"these are the last words of shard {number}")
+            os.kill(os.getpid(), self._faults.signal)
 
 
 def make_result(spec: SampleSpec, attempt: int, share: float = 1.0, companions: Sequence[str] = ()) -> SampleResult:
@@ -307,6 +316,11 @@ def run_sleepy(
     )
 
 
+def light_forks() -> ForkServer:
+    """A server of forks without the libraries of models, which take ten seconds and no sleepy worker needs."""
+    return ForkServer(["engine.generation.worker"])
+
+
 def tars(output: Path) -> dict[str, bytes]:
     """The tars of a run by name."""
     return {path.name: path.read_bytes() for path in sorted(output.glob("shards/*.tar"))}
@@ -314,9 +328,11 @@ def tars(output: Path) -> dict[str, bytes]:
 
 def main(output: str, count: int, kind: str, faults: Faults) -> int:
     """A run in threads, on a Ray of its own, or on the one at an address."""
+    from engine.driver.executors import ray as executor
     from engine.driver.executors.local import LocalExecutor
     from engine.driver.executors.ray import RayExecutor
 
+    executor.ForkServer = light_forks  # type: ignore[assignment, misc]
     ray = RayExecutor(address=kind if ":" in kind else None, num_workers=2, device="cpu")
     try:
         summary = run_job(

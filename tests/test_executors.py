@@ -12,14 +12,17 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import urllib.request
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 import engine.driver.run
 from engine.data.run.commits import list_commits, read_commit, read_commits
@@ -32,7 +35,8 @@ from engine.driver.executors.base import ShardResult, WorkerHost
 from engine.driver.executors.local import LocalExecutor
 from engine.driver.executors.ray import RayExecutor
 from engine.driver.executors.ray_actor import RayHost
-from engine.driver.executors.ray_cluster import prepare_environment
+from engine.driver.interrupts import SAME_REQUEST_SECONDS
+from engine.driver.metrics import METRICS
 from engine.driver.run import run_job
 from engine.driver.scheduler_loop import WorkersFailingError
 from engine.driver.scheduling.messages import (
@@ -48,18 +52,7 @@ from engine.job.plan import ShardSpec
 from tests.conftest import REPOSITORY
 from tests.cuda_failures import Failure, make_failing
 from tests.forked import make_forked
-from tests.sleepy import GATE_SECONDS, Faults, Gates, Recorder, make_job, run_sleepy, tars, wait_until
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """A Ray of one node with two cores; starting it takes seconds."""
-    prepare_environment(is_own=True)
-    from ray.cluster_utils import Cluster
-
-    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    yield started
-    started.shutdown()
+from tests.sleepy import GATE_SECONDS, Faults, Gates, Recorder, light_forks, make_job, run_sleepy, tars, wait_until
 
 
 @pytest.fixture
@@ -242,7 +235,7 @@ def test_progress_of_a_new_shard_begins_at_none_of_it():
     host.load(lambda: SimpleNamespace(sample_shard=sample))
     host._report(7, 4)
     host.run_shard(ShardSpec(number=8, request=0, start=0, stop=1), 1, 16)
-    assert seen == [((8, 0, 0.0, 0), 16)] and host.outcome() == ShardResult(0, 8, "outcome")
+    assert seen == [((8, 0, 0.0, 0, None), 16)] and host.outcome() == ShardResult(0, 8, "outcome")
 
 
 def test_timing_is_of_all_sessions(tmp_path):
@@ -258,6 +251,27 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
     monkeypatch.setattr(executor._cluster, "_start", raising(ConnectionError("raylet died\nlots of text")))
     with pytest.raises(RiskforgeError, match=r"^Ray does not start .*\(raylet died\); try --executor local$"):
         executor.open(Faults, 1)
+    executor.close()
+
+
+def test_a_ray_that_is_too_late_for_itself_is_started_again(monkeypatch):
+    """On a busy machine; the processes of the first attempt are ended and its folder is removed."""
+    executor = RayExecutor(address=None, num_workers=1, device="cpu")
+    begun: list[tuple[Path, subprocess.Popen[bytes]]] = []
+
+    def start(quiet: dict[str, Any]) -> None:
+        folder = executor._cluster._folder = tempfile.mkdtemp()
+        begun.append((Path(folder), subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", folder])))
+        if len(begun) == 1:
+            raise RuntimeError("The current node timed out during startup.")
+
+    monkeypatch.setattr(executor._cluster, "_start_once", start)
+    executor._cluster._start({})
+    (first, killed), (second, going) = begun
+    assert killed.wait(timeout=30) == -signal.SIGKILL and not first.exists()
+    assert going.poll() is None and second.exists()
+    going.kill()
+    going.wait()
     executor.close()
 
 
@@ -287,30 +301,39 @@ def test_closing_while_ray_starts_takes_its_folder_away(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_workers_on_cpus_of_this_machine_are_forked_and_are_lost_like_others(clean, tmp_path):
+def test_workers_on_cpus_of_this_machine_are_forked_and_are_lost_like_others(clean, tmp_path, monkeypatch):
     """Their processes are not the actors': SIGKILL of one in a shard gives that shard its strike, all the same.
 
     A process that has been in a cluster can have one of its own, and cannot go back to the first: tests that join one
     come later.
     """
+    monkeypatch.setattr("engine.driver.executors.ray.ForkServer", light_forks)
     display = Recorder()
     summary = run_job(
         make_job(tmp_path, 2), executor=RayExecutor(address=None, num_workers=2, device="cpu"), resume="auto",
-        confirmed=False, display=display, make_worker=partial(make_forked, faults=Faults(die_once=(2,))),
+        confirmed=False, display=display,
+        make_worker=partial(make_forked, faults=Faults(die_once=(2,), signal=signal.SIGSEGV)),
     )  # fmt: skip
     assert summary.exit_code == EXIT_OK and tars(tmp_path) == clean
+    check_last_words(tmp_path, 2)
     assert read_commit(open_store(str(tmp_path)), 2).attempt == 2
     assert display.notices and all("process died" in notice for notice in display.notices)
 
 
-def test_ray_makes_the_bytes_that_threads_make(join, clean, tmp_path):
-    """Other processes, another order: equal tars. Progress comes from inside a shard here, too."""
+def test_ray_makes_the_bytes_that_threads_make_also_where_an_actor_is_killed(join, clean, tmp_path):
+    """Other processes, another order: equal tars. Progress comes from inside a shard here, too.
+
+    SIGKILL in the middle of a shard: the run completes, with the same bytes and the second attempt on record.
+    """
     display, output = Opener(tmp_path), tmp_path / "run"
-    faults = Faults(gated=(0,), gates=str(tmp_path))
+    faults = Faults(gated=(0,), gates=str(tmp_path), die_once=(2,))
     summary = run_sleepy(output, 2, join(), faults=faults, display=display)
     assert summary.exit_code == EXIT_OK and tars(output) == clean
-    assert display.in_flight > 0 and not display.notices
+    assert display.in_flight > 0 and read_commit(open_store(str(output)), 2).attempt == 2
     assert json.loads((output / "manifest.json").read_text())["hardware"]["executor"] == "ray"
+    # The shard before it may still be written, and the word that it is sampled die with the process: then that one is
+    # given the strike, and the next try of this one is its first to the scheduler and dies as well.
+    assert len(display.notices) in (1, 2) and all("process died" in notice for notice in display.notices)
 
 
 def test_failures_of_cuda_in_an_actor_cost_no_strike(join, tmp_path):
@@ -345,35 +368,89 @@ def test_failures_of_cuda_in_an_actor_cost_no_strike(join, tmp_path):
     assert [row["text"] for row in json.loads((output / "manifest.json").read_text())["notices"]] == stored
 
 
-def test_a_killed_actor_is_replaced_and_its_shard_made_again(join, clean, tmp_path):
-    """SIGKILL in the middle of a shard: the run completes, with the same bytes and the second attempt on record."""
-    display = Recorder()
-    summary = run_sleepy(tmp_path, 2, join(), faults=Faults(die_once=(2,)), display=display)
-    assert summary.exit_code == EXIT_OK and tars(tmp_path) == clean
-    assert read_commit(open_store(str(tmp_path)), 2).attempt == 2
-    # The shard before it may still be written, and the word that it is sampled die with the process: then that one is
-    # given the strike, and the next try of this one is its first to the scheduler and dies as well.
-    assert len(display.notices) in (1, 2) and all("process died" in notice for notice in display.notices)
-
-
 @pytest.mark.slow
 def test_a_process_killed_while_it_writes_the_shard_before_gives_both_a_strike(join, clean, tmp_path):
-    """Both get a strike; each runs alone then, and one is made although the other never is."""
+    """Both get a strike; each runs alone then, and one is made although the other never is.
+
+    It is in quarantine after three processes, with the reason.
+    """
     faults = Faults(slow_once=(0,), seconds=0.25, die=(1,))
     summary = run_sleepy(tmp_path, 2, join(1), faults=faults)
     assert (summary.exit_code, summary.quarantined, summary.num_committed) == (EXIT_INCOMPLETE, (1,), 4)
     assert read_commit(open_store(str(tmp_path)), 0).attempt == 2
     reasons = json.loads((tmp_path / "_state/quarantine/000001.json").read_text())["reasons"]
-    assert len(reasons) == SchedulerLimits().max_strikes
+    assert len(reasons) == SchedulerLimits().max_strikes and all("process died" in one for one in reasons)
     assert {name: data for name, data in clean.items() if "000001" not in name} == tars(tmp_path)
 
 
 @pytest.mark.slow
 def test_a_shard_that_kills_its_process_is_quarantined(join, tmp_path):
-    """Three processes are enough; the others' shards are made."""
-    summary = run_sleepy(tmp_path, 1, join(), faults=Faults(die=(0,)))
+    """Three processes are enough; the others' shards are made. What a process printed last says where it died."""
+    summary = run_sleepy(tmp_path, 1, join(), faults=Faults(die=(0,), signal=signal.SIGSEGV))
     assert (summary.exit_code, summary.quarantined, summary.num_committed) == (EXIT_INCOMPLETE, (0,), 2)
-    assert "process died" in (tmp_path / "_state/quarantine/000000.json").read_text()
+    reason = json.loads((tmp_path / "_state/quarantine/000000.json").read_text())["reasons"][-1]
+    assert "process died" in reason and "last words of shard 0" in reason
+    check_last_words(tmp_path, 0)
+
+
+def check_last_words(run: Path, shard: int) -> None:
+    """The journal names a file with the last output of the worker that died with a shard, and where it was then."""
+    events = [json.loads(line) for path in (run / "_state/events").iterdir() for line in path.read_text().splitlines()]
+    texts = [(run / event["log"]).read_text() for event in events if event["event"] == "replaced"]
+    assert texts and all(text.startswith("the worker's process died: ") for text in texts)
+    last = next(text for text in texts if f"these are the last words of shard {shard}\n" in text)
+    assert "Fatal Python error: Segmentation fault" in last
+    # Threads go on while the stack is printed, which may end the printing early.
+    assert any("in next_batch" in text for text in texts)
+    assert not (run / "_state/workers.json").exists()
+
+
+def test_metrics_of_a_run_are_scraped(cluster, join, tmp_path):
+    """By HTTP from Ray's agent, as Prometheus does: the values of the finished run, each under the name in the code."""
+    faults = Faults(bad_samples=2, bad_message="target 'zoo:t' gives logits that are not finite")
+    request = {"accept": {"risk": ">= 0"}, "count": 2, "max_attempts": "2x", "classes": [0, 1, 5]}
+    summary = run_sleepy(tmp_path / "metered", 2, join(1), faults=faults, request=request)
+    counts = [record.counts for record in read_commits(open_store(summary.uri))]
+    values = scrape(cluster.head_node, run="metered", until=sum(count.attempted for count in counts))
+    for status in ("ok", "rejected", "failed"):
+        expected = sum(getattr(count, status) for count in counts)
+        assert values["riskforge_samples", ("request", "all"), ("status", status)] == expected, status
+    accepted = sum(count.accepted for count in counts)
+    assert values["riskforge_accepted_samples", ("request", "all")] == accepted
+    failed = sum(count.failed for count in counts)
+    assert failed == summary.num_failed == values["riskforge_failed_samples", ("kind", "not_finite")] > 0
+    assert values["riskforge_shards", ("state", "committed")] == summary.num_committed
+    assert values["riskforge_shard_duration_seconds_count", ("request", "all")] > 0
+    assert values["riskforge_quota_missing_samples", ("class", "five"), ("request", "all")] == 2 - accepted
+    assert 0 < values["riskforge_sampling_time_ratio",] <= 1 and values["riskforge_samples_per_second",] > 0
+    assert {name for name, *_ in values} - {f"{name}_{part}" for name in METRICS for part in PARTS} <= METRICS.keys()
+
+
+PARTS = ("bucket", "count", "sum")
+# Of every metric of Ray's, and of buckets.
+OTHERS = {"WorkerId", "NodeAddress", "SessionName", "Version", "Component", "run", "le"}
+
+
+def scrape(node, run: str, until: int) -> dict[tuple, float]:
+    """Values by name and labels, once so many samples are counted."""
+    url = f"http://{node.node_ip_address}:{node.metrics_export_port}/metrics"
+    values: dict[tuple, float] = {}
+
+    def has_all() -> bool:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            text = answer.read().decode()
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        values.clear()
+        for sample in samples:
+            if sample.labels.get("run") == run:
+                labels = [
+                    item for item in sorted(sample.labels.items()) if item[0] not in OTHERS and "otel" not in item[0]
+                ]
+                values[sample.name.removeprefix("ray_"), *labels] = sample.value
+        return sum(value for key, value in values.items() if key[0] == "riskforge_samples") >= until
+
+    wait_until(has_all, "Ray has exported the last values", seconds=60)
+    return values
 
 
 def test_faults_of_the_user_come_out_of_actors_in_words(join, tmp_path):
@@ -519,6 +596,8 @@ def test_a_second_signal_ends_at_once_and_loses_nothing(tmp_path):
     wait_for_shards(process, output)
     process.send_signal(signal.SIGTERM)
     read_until(process, NOTICE)
+    # One that follows at once is the same request.
+    time.sleep(SAME_REQUEST_SECONDS)
     process.send_signal(signal.SIGTERM)
     read_until(process, "interrupted; committed shards are kept")
     assert process.wait(GATE_SECONDS) == EXIT_DRAINED

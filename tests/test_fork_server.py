@@ -94,7 +94,7 @@ def test_a_worker_is_in_the_place_of_its_actor(server: ForkServer, start: StartA
     for shard in (3, 4):
         actor.begin(shard)
         event = f"ShardResult(worker=7, shard={shard}, outcome='attempt 3, limit 9')"
-        assert actor.line() == f"({shard}, 2, 0.5, 16) {event}"
+        assert actor.line() == f"({shard}, 2, 0.5, 16, None) {event}"
 
 
 def test_a_worker_that_cannot_be_built_says_why(start: StartActor) -> None:

@@ -35,10 +35,24 @@ def test_the_first_signal_is_recorded_by_its_name(number):
 @pytest.mark.parametrize("second", SIGNALS)
 def test_the_second_signal_stops_at_once(second):
     """Whichever of the two it is; the first one's name is kept."""
-    with pytest.raises(KeyboardInterrupt), deferred_signals() as request:
+    times = iter((5.0, 6.0))
+    with pytest.raises(KeyboardInterrupt), deferred_signals(lambda: next(times)) as request:
         os.kill(os.getpid(), signal.SIGTERM)
         assert request.signal_name == "SIGTERM"
         os.kill(os.getpid(), second)
+
+
+def test_a_signal_that_comes_twice_by_two_ways_counts_once():
+    """To the process and to its group, or by a wrapper: SIGTERM within a second. A person's second SIGINT counts."""
+    times = iter((5.0, 5.1, 5.9))
+    with deferred_signals(lambda: next(times)) as request:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert request.signal_name == "SIGTERM"
+    for pair in ((signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)):
+        with pytest.raises(KeyboardInterrupt), deferred_signals(lambda: 5.0):
+            for number in pair:
+                os.kill(os.getpid(), number)
 
 
 def test_other_threads_leave_the_handlers_alone():

@@ -29,7 +29,7 @@ import os, sys
 from engine.driver.executors import ray_cluster
 from tests import sleepy
 ray_cluster.HEAD_LOST_SECONDS = 3.0
-code = sleepy.main(sys.argv[1], 60, "ray", sleepy.Faults(seconds=0.25))
+code = sleepy.main(sys.argv[1], 1, "ray", sleepy.Faults(hang_once=(1, 2)))
 sys.stderr.flush()
 os._exit(code)
 """
@@ -37,10 +37,12 @@ os._exit(code)
 
 @pytest.fixture
 def driver(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A run on a Ray of its own that has committed something, and takes a while."""
+    """A run on a Ray of its own that has committed something, and has two shards in flight for an hour."""
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "run")]
     with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as process:
-        wait_until(lambda: any((tmp_path / "run/_state/commits").glob("*")), "something is committed")
+        commits = tmp_path / "run/_state/commits"
+        wait_until(lambda: any(commits.glob("*")) or process.poll() is not None, "something is committed")
+        assert process.poll() is None, process.communicate()[1]
         yield process
         process.kill()
 
@@ -84,7 +86,7 @@ def test_a_ray_of_our_own_is_closed_to_others(driver: subprocess.Popen[str], tmp
 
     check_lost(driver, "raylet", "its raylet on this machine")
     assert not folder.exists()
-    assert run_sleepy(tmp_path / "run", 60, LocalExecutor(2)).exit_code == EXIT_OK
+    assert run_sleepy(tmp_path / "run", 1, LocalExecutor(2)).exit_code == EXIT_OK
 
 
 @pytest.mark.slow

@@ -14,17 +14,34 @@ import pytest
 from engine.driver.executors import ray as ray_executor
 from engine.driver.executors.ray import ASK_SECONDS, MAX_ASKS_PER_SECOND, Handle, RayExecutor, _progress_event
 from engine.driver.executors.ray_actor import RayHost
-from engine.driver.executors.ray_layout import Layout
-from engine.driver.scheduling.messages import ShardProgress, ShardSampled, WorkerActive, WorkerLost, WorkerReady
+from engine.driver.executors.ray_layout import Layout, Machine, divide
+from engine.driver.executors.software import _source_digest, software
+from engine.driver.scheduling.messages import (
+    CapacityChanged,
+    ShardProgress,
+    ShardSampled,
+    UserFault,
+    WorkerActive,
+    WorkerLost,
+    WorkerPlaced,
+    WorkerReady,
+)
+from engine.generation.usage import BatchUsage
 from engine.job.plan import ShardSpec
+from engine.job.resources import ResourcesSpec
 
 
 @pytest.fixture
 def executor(monkeypatch: pytest.MonkeyPatch) -> RayExecutor:
     """Two nodes, `a` alive and `b` lost; killed actors are in `killed`."""
     made: Any = RayExecutor(address="127.0.0.1:1", num_workers=2, device="cpu")
-    nodes = [{"NodeID": "a", "Alive": True, "Resources": {}}, {"NodeID": "b", "Alive": False, "Resources": {}}]
-    made._cluster = SimpleNamespace(nodes=lambda: nodes, check=lambda: None)
+    nodes = [
+        {"NodeID": "a", "Alive": True, "Resources": {}, "NodeManagerAddress": "10.0.0.1"},
+        {"NodeID": "b", "Alive": False, "Resources": {}},
+    ]
+    made._cluster = SimpleNamespace(nodes=lambda: nodes, check=lambda: None, machines=lambda: made.machines)
+    made.machines = [Machine("a", {"CPU": 2.0})]
+    made._layout = Layout(2, 1, {"num_cpus": 1})
     made.killed = []
     monkeypatch.setattr("ray.kill", lambda actor, no_restart: made.killed.append(actor))
     return made
@@ -40,7 +57,7 @@ def test_answers_become_events(executor: RayExecutor) -> None:
     """A shard counts as queued until it is committed, not until it is sampled."""
     handle = executor._handles[0] = Handle("actor", num_queued=1)
     assert executor.num_unplaced == 1
-    executor._event(0, "where", answered("a"))
+    assert executor._event(0, "where", answered(("a", {}))) == WorkerPlaced(0, "0 GB", "a", "10.0.0.1")
     assert executor.num_unplaced == 0 and not handle.is_ready
     executor._event(0, "event", answered(WorkerReady(0)))
     assert handle.is_ready
@@ -66,21 +83,120 @@ def test_an_actor_is_lost_with_its_node_or_alone(
     assert executor.killed == ["actor"] and not executor._handles  # type: ignore[attr-defined]
 
 
+def test_the_loss_of_a_worker_waits_for_its_last_output(executor: RayExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is read on its machine; not for long, as that may be lost as well, and once, whatever else fails."""
+    import ray.exceptions
+
+    task = SimpleNamespace(future=Future)
+    monkeypatch.setattr(ray_executor, "_tails_on", lambda node, files: task)
+    died = ray.exceptions.ActorDiedError
+    for worker in (0, 1, 2):
+        executor._handles[worker] = Handle("actor", node="a")
+        executor._event(worker, "output", answered(("/logs/worker.err",)))
+        assert executor._event(worker, "shard", answered(error=died())) is None
+        assert executor._event(worker, "progress", answered(error=died())) is None
+    event = executor._event(0, "tail", answered("the end of /logs/worker.err:\nSegmentation fault"))
+    assert isinstance(event, WorkerLost) and event.message.endswith(":\nSegmentation fault") and not event.node_lost
+    event = executor._event(1, "tail", answered(error=died()))
+    assert isinstance(event, WorkerLost) and event.message.startswith("the worker's process died: ")
+    assert executor._overdue(time.monotonic()) == []
+    [event] = executor._overdue(time.monotonic() + ray_executor.TAIL_SECONDS)
+    assert isinstance(event, WorkerLost) and event.worker == 2
+    assert executor.killed == ["actor"] * 3 and not executor._handles  # type: ignore[attr-defined]
+
+
 def test_answers_of_workers_that_were_stopped_are_dropped(executor: RayExecutor) -> None:
     executor._answers.put((3, "sampled", answered(1)))
+    assert executor.poll(0.0) == [CapacityChanged(2, ("a",))]
     assert executor.poll(0.0) == []
+
+
+def look(executor: Any, *machines: Machine) -> list[CapacityChanged]:
+    """What is reported of these machines, a few seconds later."""
+    executor.machines, executor._next_look = list(machines), 0.0
+    return executor._look()  # type: ignore[no-any-return]
+
+
+def test_the_machines_of_a_cluster_are_counted(executor: Any) -> None:
+    """What joins and leaves is reported once; a fixed number stays; nothing is asked for where nothing fits."""
+    small, large = Machine("a", {"CPU": 2.0}), Machine("b", {"CPU": 8.0, "memory": 8e9})
+    executor._num_workers = None
+    assert look(executor, small) == [CapacityChanged(2, ("a",))]
+    assert look(executor, small) == []
+    assert look(executor, small, large) == [CapacityChanged(5, ("a", "b"))], "three by its memory"
+    executor.avoid_nodes(["b"])
+    assert look(executor, small, large) == [CapacityChanged(2, ("a", "b"))]
+    assert executor._labels() == {"ray.io/node-id": "!in(b)"} and executor.node_name("b") == "b"
+    assert look(executor) == [CapacityChanged(0)]
+    executor._num_workers = 16
+    assert look(executor, small) == [CapacityChanged(16, ("a",))]
+
+
+def test_a_cluster_of_our_own_does_not_change() -> None:
+    """It is this machine; nobody else uses it."""
+    assert RayExecutor(address=None, num_workers=None, device="cpu")._look() == []
+
+
+def test_only_machines_with_the_labels_count(executor: Any) -> None:
+    executor._num_workers, executor._asked = None, ResourcesSpec(label_selector={"zone": "!in(a, b)"})
+    machines = [Machine(zone, {"CPU": 2.0}, {"zone": zone}) for zone in "abc"] + [Machine("d", {"CPU": 1.0})]
+    assert look(executor, *machines) == [CapacityChanged(3, ("c", "d"))]
+    executor.avoid_nodes(["c", "d"])
+    assert executor._labels() == {"ray.io/node-id": "!in(c, d)", "zone": "!in(a, b)"}
+
+
+def test_the_first_worker_shows_how_many_share_a_gpu(executor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a GPU to itself until its first batch is made; then it makes room, if several fit.
+
+    Has not been run on a GPU.
+    """
+    executor._num_workers, executor._asked = None, ResourcesSpec(num_gpus="auto")
+    gpus = Machine("a", {"CPU": 16.0, "GPU": 4.0})
+    executor._layout = divide([gpus.resources], "auto", None, 99, is_own=False, asked=executor._asked)
+    assert executor._layout.num_workers == 1 and look(executor, gpus) == [CapacityChanged(1, ("a",))]
+    asked: list[str] = []
+    monkeypatch.setattr(executor, "_expect", lambda worker, kind, reference: asked.append(kind))
+    actor = SimpleNamespace(memory=SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: None)))
+    executor._handles[0] = Handle(actor)
+    executor._event(0, "progress", answered(((0, 0, 0.0, 0), 1)))
+    assert not asked, "no batch is made yet"
+    executor._event(0, "progress", answered(((0, 8, 2.0, 0), 1)))
+    assert asked == ["memory"]
+    event = executor._event(0, "memory", answered((16 * 2**30, 80 * 2**30)))
+    assert event.node_lost and event.message == "it used 16.0 of 80 GiB of its GPU, which 3 workers share now"
+    assert executor._layout.resources == {"num_gpus": 1 / 3, "num_cpus": 0}
+    assert executor._layout.workers_per_gpu == 3 and look(executor, gpus) == [CapacityChanged(12, ("a",))]
+
+
+def test_a_machine_with_other_software_is_refused_by_name(executor: Any) -> None:
+    """Before its worker gets a shard: samples would depend on the machine."""
+    executor._handles[0] = Handle("actor")
+    executor._software = software()
+    assert isinstance(executor._event(0, "where", answered(("a", software()))), WorkerPlaced)
+    there = software() | {"torch": "1.0", "Python": "3.9"}
+    event = executor._event(0, "where", answered(("a", there)))
+    assert isinstance(event, UserFault)
+    assert event.message.startswith("machine 10.0.0.1 has other software: Python 3.9 there and 3.")
+    assert "torch 1.0 there and 2." in event.message and "Install the same versions" in event.message
+
+
+def test_checkouts_of_one_version_differ_by_their_source(tmp_path: Any) -> None:
+    (tmp_path / "a.py").write_text("x = 1\n")
+    before = _source_digest(tmp_path)
+    (tmp_path / "a.py").write_text("x = 2\n")
+    assert _source_digest(tmp_path) != before and software()["riskforge"].endswith(")")
 
 
 def test_only_news_in_a_progress_is_an_event() -> None:
     """A heartbeat without a batch is one, too; the handle may be asked again after any answer."""
     handle = Handle("actor", is_asked=True)
-    progress = (4, 8, 0.5, 16)
-    assert _progress_event(0, handle, (progress, 1)) == ShardProgress(0, 4, 8, 0.5, 16)
+    progress = (4, 8, 0.5, 16, BatchUsage(8))
+    assert _progress_event(0, handle, (progress, 1)) == ShardProgress(0, 4, 8, 0.5, 16, BatchUsage(8))
     assert not handle.is_asked
     assert _progress_event(0, handle, (progress, 1)) == WorkerActive(0)
     assert _progress_event(0, handle, (progress, 1)) is None
     assert _progress_event(0, handle, (progress, 2)) == WorkerActive(0)
-    assert _progress_event(0, handle, ((4, 9, 0.5, 16), 2)) == ShardProgress(0, 4, 9, 0.5, 16)
+    assert _progress_event(0, handle, ((4, 9, 0.5, 16, None), 2)) == ShardProgress(0, 4, 9, 0.5, 16)
 
 
 def asked(executor: RayExecutor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -131,11 +247,11 @@ def test_an_actor_reports_every_shard_from_its_beginning(monkeypatch: pytest.Mon
         report(2, 0.5, 16)
         return lambda: f"shard {shard.number}, attempt {attempt}, limit {batch_limit}"
 
-    host._host = SimpleNamespace(sample_shard=sample)
+    host._host = SimpleNamespace(sample_shard=sample, usage=BatchUsage(2))
     for number in (4, 5):
         assert host.run_shard(ShardSpec(number=number, request=0, start=0, stop=4), 2, 7) == number
-        assert host.progress()[0] == (number, 2, 0.5, 16)
-    assert seen == [(4, 0, 0.0, 0), (5, 0, 0.0, 0)]
+        assert host.progress()[0] == (number, 2, 0.5, 16, BatchUsage(2))
+    assert seen == [(4, 0, 0.0, 0, None), (5, 0, 0.0, 0, None)]
     assert [host.outcome(), host.outcome()] == ["shard 4, attempt 2, limit 7", "shard 5, attempt 2, limit 7"]
     host._note_active()
     host._note_active()

@@ -3,8 +3,6 @@
 import io
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +17,12 @@ from engine.data.run.shards import read_shard
 from engine.job.plan import class_prompt
 from engine.job.records import check_record
 from engine.models.addresses import resolve
+from tests import commands
 from tests.conftest import REPOSITORY
 from tests.strike import struck
 
 pytestmark = pytest.mark.slow
 
-RISKFORGE = [str(Path(sys.executable).with_name("riskforge"))]
 CHANGES = {
     "requests.0.count": 6,
     "requests.0.twin": True,
@@ -40,9 +38,7 @@ MAX_GUIDED_SHARE = 0.3
 
 def riskforge(*arguments):
     """What the command shows when a user runs it; it must work."""
-    done = subprocess.run(
-        [*RISKFORGE, *map(str, arguments)], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
+    done = commands.run(*arguments, folder=REPOSITORY)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
     return done.stdout
 
@@ -64,9 +60,9 @@ def job(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(job, tmp_path_factory):
-    """The small quickstart, made by an actor of Ray without interruption."""
+    """The small quickstart, made by a thread without interruption."""
     output = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    assert "report.html" in riskforge("run", job, "--output", output, "--workers", 1)
+    assert "report.html" in riskforge("run", job, "--output", output, "--executor", "local", "--workers", 1)
     return output
 
 

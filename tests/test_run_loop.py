@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from engine.data.run.commits import list_commits, read_commit
+from engine.data.run.commit_packs import PACKS
+from engine.data.run.commit_record import COMMITS
+from engine.data.run.commits import CommitPacker, list_commits, read_commit
 from engine.data.stores.opening import open_store
 from engine.driver.checks import plan_job
 from engine.driver.executors.base import ShardResult
@@ -190,3 +193,14 @@ def test_the_share_of_sampling_is_reported(tmp_path):
     started = time.monotonic()
     summary = run_sleepy(tmp_path, 1, LocalExecutor(1), faults=Faults(seconds=0.2))
     assert 2.0 / (time.monotonic() - started) < summary.sampling_share <= 1
+
+
+def test_records_are_packed_while_the_run_goes_on(monkeypatch, tmp_path):
+    """Every second record completes a pack; one that is left over stays loose, and all are there."""
+    monkeypatch.setattr("engine.driver.run_loop.CommitPacker", partial(CommitPacker, every=2))
+    summary = run_sleepy(tmp_path, 5, LocalExecutor(1))
+    store = open_store(summary.uri)
+    assert summary.exit_code == EXIT_OK
+    committed = list_commits(store)
+    assert len(committed) == summary.num_shards > 4
+    assert len(store.list(PACKS)) == len(committed) // 2 and len(store.list(COMMITS)) == len(committed) % 2

@@ -365,7 +365,6 @@ DIGESTS = {
     "quickstart": "1f73dac6bcaf518090db557f88422d37",
     "riskydiff-digits": "13808c8585a12b3e8343d629cb52050a",
     "riskydiff-mixtures": "212a90b6a13417f415ecf2e94a960a8e",
-    "riskydiff-sweep": "b04c20df1470b1db344f4126249f8002",
 }
 
 

@@ -22,6 +22,7 @@ from engine.driver.executors.local import LocalExecutor
 from engine.errors import JobError, OutputError
 from engine.generation.batching import MadeBatch
 from engine.generation.notices import Notices
+from engine.generation.usage import BatchUsage
 from engine.generation.worker import MAX_WAITING_BATCHES, Worker
 from tests.sleepy import GATE_SECONDS, InTurn, make_job, make_result, run_sleepy, wait_until
 
@@ -184,6 +185,7 @@ def test_batches_of_several_samples_share_their_time(monkeypatch, tmp_path):
     reports: list[tuple] = []
     outcome = worker.sample_shard(worker._plan.shard(0), 4, lambda *values: reports.append(values))()
     assert reports == [(2, 2.0, 0), (4, 2.0, 0), (5, 2.0, 0)]
+    assert worker.usage == BatchUsage(1), "the last one"
     assert (outcome.counts.attempted, outcome.sampling_seconds) == (5, 6.0)
     assert outcome.total_seconds >= outcome.sampling_seconds
     [path] = worker._store.path("shards").glob("*.parquet")

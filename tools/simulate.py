@@ -2,28 +2,33 @@
 
 Discrete events, drawn from a seed, drive `engine.driver.scheduling` and `engine.job.quotas`, as
 `engine.driver.run_loop` does with real workers and files. In this world processes crash before and after they commit,
-hang, run out of memory, answer late, twice or not at all, nodes vanish, and the driver is killed and started again
-while workers of the dead driver still commit.
+hang, are slow, run out of memory, answer late, twice or not at all; nodes vanish, alone and several at once, join, and
+let everything fail; and the driver is killed and started again while workers of the dead driver still commit.
 """
 
 from __future__ import annotations
 
 import argparse
 import heapq
+import math
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from engine.driver.scheduling import scheduler
 from engine.driver.scheduling.dispatch import MAX_QUEUED
+from engine.driver.scheduling.endgame import SECOND_ATTEMPT_FACTOR
 from engine.driver.scheduling.messages import (
     Abort,
     Action,
     Assign,
+    AvoidNodes,
+    CapacityChanged,
     Drain,
     Drained,
     Event,
@@ -51,6 +56,8 @@ LIMITS = SchedulerLimits(
     min_limit_seconds=40.0, first_limit_seconds=80.0, start_limit_seconds=60.0, check_seconds=5.0, grace_seconds=15.0
 )
 TICK_SECONDS = 5.0
+# Of a large run: there are no batches, so nobody hangs.
+LARGE_LIMITS = SchedulerLimits(first_limit_seconds=math.inf, start_limit_seconds=math.inf, check_seconds=5.0)
 SAMPLES_PER_SHARD = 4
 MAX_DRIVERS = 200
 MAX_EVENTS = 200_000
@@ -58,6 +65,10 @@ MAX_EVENTS = 200_000
 WANTED = 64
 MEMORY = {"small": 16, "large": 64}
 DIP = 4
+# How many times longer a slow process takes, and workers that a node has room for.
+SLOW = 4.0
+SLOTS = 2
+NODE_KINDS = ("small", "large")
 # After so many batches in a row that fit, a process tries twice as many samples.
 GROW_AFTER = 3
 CLASSES = [str(number) for number in range(10)]
@@ -147,8 +158,14 @@ class Process:
     batches: dict[int, Batches] = field(default_factory=dict)
     written_at: float = 0.0
     is_alive: bool = True
-    node_kind: str = ""
+    node: str = ""
     is_busy: bool = False
+    slowness: float = 1.0
+
+    @property
+    def node_kind(self) -> str:
+        """Type of its node."""
+        return self.node.partition("-")[0]
 
 
 class World:
@@ -168,6 +185,14 @@ class World:
         share = draw.choice([0, 0, 0.05])
         self.poison = {number for number in range(60) if draw.random() < share} if num_accidents != 0 else set()
         self.max_workers = draw.randrange(1, 8)
+        # Nodes by name, `KIND-NUMBER`; whether the number of workers follows them; and one on which everything fails.
+        self.nodes = [f"{draw.choice(NODE_KINDS)}-{number}" for number in range(draw.randrange(1, 5))]
+        self.num_nodes = len(self.nodes)
+        self.is_elastic = draw.random() < 0.6
+        self.bad_node = self.nodes[0] if len(self.nodes) > 1 and num_accidents != 0 and draw.random() < 0.2 else ""
+        self.limits = replace(LIMITS, second_attempt_factor=draw.choice([SECOND_ATTEMPT_FACTOR] * 2 + [math.inf]))
+        self.slow_share = draw.choice([0.0, 0.0, 0.2])
+        self.num_second = self.num_avoided = 0
         self.now = 0.0
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.num_events = 0
@@ -220,6 +245,40 @@ class World:
             self.later(self.draw.random() * 100, how)
         return False
 
+    @property
+    def capacity(self) -> CapacityChanged:
+        """What a driver would be told of the nodes, without those that it avoids."""
+        avoided = self.driver.avoided if self.driver else ()
+        room = SLOTS * sum(node not in avoided for node in self.nodes) if self.is_elastic else self.max_workers
+        return CapacityChanged(room, tuple(self.nodes))
+
+    def lose_nodes(self, first: str) -> None:
+        """A node vanishes with all that is on it, or several at once; others may come later."""
+        others = [node for node in self.nodes if node != first and self.draw.random() < 0.4]
+        for node in [first, *others]:
+            if node in self.nodes:
+                self.nodes.remove(node)
+                self.later(self.draw.random() * 60, self.add_node)
+            for worker, process in list(self.driver.processes.items()) if self.driver else []:
+                if process.node == node and self.driver:
+                    self.driver.lose(worker, with_node=True)
+        self.report_capacity()
+
+    def add_node(self) -> None:
+        """A node joins."""
+        self.nodes.append(f"{self.draw.choice(NODE_KINDS)}-{self.num_nodes}")
+        self.num_nodes += 1
+        self.report_capacity()
+
+    def report_capacity(self) -> None:
+        """The driver notices after a while what there is."""
+        self.later(self.draw.random() * 10, self.tell_capacity)
+
+    def tell_capacity(self) -> None:
+        """The driver, if there is one, counts what there is."""
+        if self.driver:
+            self.driver.send(self.capacity)
+
     def content(self, shard: int) -> tuple[Any, ...]:
         """The bytes of a shard: they depend on the plan alone."""
         one = self.disk.plan.shard(shard)
@@ -263,6 +322,9 @@ class Driver:
         self.world = world
         self.disk = world.disk
         self.processes: dict[int, Process] = {}
+        self.avoided: tuple[str, ...] = ()
+        # Second attempts: worker and shard.
+        self.second: set[tuple[int, int]] = set()
         # Limits of batches that its processes found by themselves, by kind of node and request.
         self.found: dict[tuple[str, int], list[int]] = {}
         self.num_limits: dict[tuple[str, int], int] = {}
@@ -279,14 +341,15 @@ class Driver:
         flags = bytes(number in self.settled for number in range(self.plan.num_shards))
         self.state, actions = scheduler.start(
             flags,
-            self.world.max_workers,
+            max(1, self.world.capacity.num_workers),
             ranges=map(self.shard_range, self.plan.extents),
             is_final=self.quotas.is_final,
-            limits=LIMITS,
+            limits=self.world.limits,
             now=self.world.now,
         )
         self.obey(actions)
         self.tick()
+        self.world.report_capacity()
 
     def shard_range(self, extent: Extent) -> ShardRange:
         """The row of an extent; every second request has the other model."""
@@ -367,7 +430,12 @@ class Driver:
         """Carry out actions, checking what must hold of each."""
         for action in actions:
             if isinstance(action, StartWorker):
+                require(len(self.state.workers) <= self.state.max_workers, "too many workers")
                 self.start(action.worker)
+            elif isinstance(action, AvoidNodes):
+                self.avoided = action.nodes
+                self.world.num_avoided += bool(action.message)
+                self.world.report_capacity()
             elif isinstance(action, Assign):
                 self.assign(action)
             elif isinstance(action, StopWorker):
@@ -383,24 +451,47 @@ class Driver:
                 for process in self.processes.values():
                     process.is_alive = False
                 self.die()
-        held = [shard for worker in self.state.workers.values() for shard in worker.queue]
-        require(len(held) == len(set(held)), "two workers hold one shard")
-        require(len(self.state.workers) <= self.world.max_workers, "too many workers")
+        self.check_held()
+
+    def check_held(self) -> None:
+        """Two workers hold one shard only as two attempts at it, and more never do."""
+        holders = [(number, shard) for number, worker in self.state.workers.items() for shard in worker.queue]
+        for shard, num in Counter(shard for _, shard in holders).items():
+            require(num <= 2, "three workers hold one shard")
+            is_second = any((number, held) in self.second for number, held in holders if held == shard)
+            require(num == 1 or is_second, "two workers hold one shard, and neither as a second attempt")
 
     def start(self, worker: int) -> None:
-        """A process starts, loads, and is ready; or is not."""
-        process = self.processes[worker] = Process(node_kind=self.world.draw.choice(["small", "large"]))
-        draw = self.world.draw
-        self.world.later(draw.random() * 5, partial(self.answer, worker, WorkerPlaced(worker, process.node_kind)))
-        if self.world.accident(0.3):
-            self.world.later(5 + draw.random(), partial(self.lose, worker, draw.random() < 0.5))
-        elif not self.world.accident(0.2):
-            self.world.later(5 + draw.random() * 5, partial(self.answer, worker, WorkerReady(worker)))
+        """A process waits for a node that has room, loads, and is ready; or is not."""
+        self.processes[worker] = Process(slowness=SLOW if self.world.draw.random() < self.world.slow_share else 1.0)
+        self.world.later(self.world.draw.random() * 5, partial(self.place, worker))
+
+    def place(self, worker: int) -> None:
+        """A process gets a node, now or later."""
+        world, draw, process = self.world, self.world.draw, self.processes.get(worker)
+        if process is None or not process.is_alive or not self.is_alive:
+            return
+        used = Counter(other.node for other in self.processes.values() if other.is_alive)
+        room = SLOTS if world.is_elastic else world.max_workers
+        free = [node for node in world.nodes if used[node] < room and node not in self.avoided]
+        if not free:
+            world.later(5.0, partial(self.place, worker))
+            return
+        process.node = draw.choice(free)
+        self.answer(worker, WorkerPlaced(worker, process.node_kind, process.node))
+        if world.accident(0.3):
+            world.later(draw.random(), partial(self.lose, worker, draw.random() < 0.5))
+        elif not world.accident(0.2):
+            world.later(draw.random() * 5, partial(self.answer, worker, WorkerReady(worker)))
 
     def assign(self, action: Assign) -> None:
         """A shard is queued on a process."""
         require(action.shard not in self.settled, f"shard {action.shard} was dispatched after it was settled")
         process = self.processes[action.worker]
+        if action.is_second:
+            self.second.add((action.worker, action.shard))
+            self.world.num_second += 1
+            require(action.attempt > 1, "a second attempt that is counted as the first")
         process.queue.append((action.shard, action.attempt, action.batch_limit))
         require(len(process.queue) <= MAX_QUEUED + 1, "too many shards queued")
         if not process.is_busy:
@@ -412,7 +503,7 @@ class Driver:
         if not process.is_busy:
             return
         shard, _, limit = process.queue[0]
-        seconds = 1 + self.world.draw.random() * 10
+        seconds = (1 + self.world.draw.random() * 10) * process.slowness
         request, memory = self.plan.shard(shard).request, MEMORY[process.node_kind]
         if self.world.accident(0.3):
             memory, seconds = DIP, seconds * 2
@@ -432,7 +523,9 @@ class Driver:
         fate = (
             draw.choice(["crash", "error", "hang", "node", "commit-crash", "lost", "late"]) if world.accident() else ""
         )
-        if shard in world.poison:
+        if process.node == world.bad_node != "":
+            fate = draw.choice(["crash", "error"])
+        elif shard in world.poison:
             fate = draw.choice(["crash", "error", "hang"])
         if fate == "hang":
             return
@@ -440,8 +533,11 @@ class Driver:
             process.is_busy = False
             self.answer(worker, ShardError(worker, shard, "an exception"))
             return
-        if fate in ("crash", "node"):
-            self.lose(worker, fate == "node")
+        if fate == "node":
+            world.lose_nodes(process.node)
+            return
+        if fate == "crash":
+            self.lose(worker, False)
             return
         process.queue.pop(0)
         self.answer(worker, ShardSampled(worker, shard))
@@ -512,6 +608,7 @@ def play(seed: int) -> World:
 def schedules(num: int, first: int) -> int:
     """Play many schedules; print what broke. Returns the number of broken ones."""
     started, broken, num_events, num_drivers, num_quarantined = time.monotonic(), 0, 0, 0, 0
+    num_second = num_avoided = 0
     for seed in range(first, first + num):
         try:
             world = play(seed)
@@ -522,12 +619,36 @@ def schedules(num: int, first: int) -> int:
         num_events += world.num_events
         num_drivers += world.num_drivers
         num_quarantined += len(world.disk.quarantined)
+        num_second += world.num_second
+        num_avoided += world.num_avoided
     seconds = time.monotonic() - started
     print(
-        f"{num} schedules, {num_events} events, {num_drivers} drivers, {num_quarantined} shards in quarantine:"
+        f"{num} schedules, {num_events} events, {num_drivers} drivers, {num_quarantined} shards in quarantine,"
+        f" {num_second} second attempts, {num_avoided} nodes avoided:"
         f" {broken} broken, {seconds:.0f} s"
     )
     return broken
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet:
+    """A large run: what it runs on, and what it makes.
+
+    Attributes:
+        failures_an_hour: of each worker; half of them take the process alone.
+        slow_share: part of the workers, which take `SLOW` times as long.
+        workers_per_node: that are released together, when the last of them is done.
+        follows_work: whether workers are released at the end, and shards that take long are attempted twice.
+    """
+
+    num_workers: int = 10_000
+    num_shards: int = 1_000_000
+    shard_seconds: float = 300.0
+    failures_an_hour: float = 0.01
+    load_seconds: float = 60.0
+    slow_share: float = 0.0
+    workers_per_node: int = 1
+    follows_work: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -536,7 +657,7 @@ class Scale:
 
     Attributes:
         efficiency: time in sampling of the time of all workers, loading included, until the last shard is dispatched.
-        whole_efficiency: time in sampling that led to a commit, of all workers' time until the last one is made.
+        whole_efficiency: time in sampling that led to a commit, of the time that nodes were held for.
         decisions_per_second: events and the decisions on them, on one core of this machine.
     """
 
@@ -545,76 +666,145 @@ class Scale:
     decisions_per_second: float
     num_decisions: int
     num_failures: int
+    num_second: int
     simulated_hours: float
 
 
-def scale(
-    num_workers: int, num_shards: int, shard_seconds: float, failures_an_hour: float, load_seconds: float
-) -> Scale:
+class Nodes:
+    """Nodes that are held from the first worker on them to the last, and how long in all, in seconds of workers."""
+
+    def __init__(self, workers_per_node: int) -> None:
+        self._size = workers_per_node
+        self._free: list[int] = []
+        self._nodes: dict[int, tuple[float, set[int]]] = {}
+        self._node_of: dict[int, int] = {}
+        self.held_seconds = 0.0
+
+    def add(self, worker: int, now: float) -> None:
+        """A worker starts, on a node that is held or on a new one."""
+        if not self._free:
+            node = len(self._node_of)
+            self._nodes[node] = (now, set())
+            self._free = [node] * self._size
+        node = self._node_of[worker] = self._free.pop()
+        self._nodes[node][1].add(worker)
+
+    def remove(self, worker: int, now: float) -> None:
+        """A worker ends, and with the last one its node."""
+        node = self._node_of[worker]
+        since, workers = self._nodes[node]
+        workers.discard(worker)
+        self._free.append(node)
+        if not workers:
+            self._free = [other for other in self._free if other != node]
+            self.held_seconds += self._size * (now - since)
+
+
+class LargeRun:
     """A large run: workers fail at a rate, and the driver takes its time for every decision, one after the other."""
-    draw = random.Random(0)
-    state, actions = scheduler.start(bytes(num_shards), num_workers)
-    heap: list[tuple[float, int, Any]] = []
-    begun: dict[int, tuple[float, float]] = {}
-    queues: dict[int, list[int]] = {}
-    spent = useful = now = free_at = efficiency = 0.0
-    num_decisions = num_failures = counter = 0
 
-    def push(moment: float, event: Any) -> None:
-        nonlocal counter
-        counter += 1
-        heapq.heappush(heap, (moment, counter, event))
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self.draw = random.Random(0)
+        self.heap: list[tuple[float, int, Any]] = []
+        self.begun: dict[int, tuple[float, float]] = {}
+        self.queues: dict[int, list[int]] = {}
+        self.slowness: dict[int, float] = {}
+        self.nodes = Nodes(fleet.workers_per_node)
+        self.useful = self.now = 0.0
+        self.num_failures = self.num_second = self.counter = 0
 
-    def begin(worker: int, moment: float) -> None:
-        if queues[worker]:
-            shard = queues[worker][0]
-            seconds = shard_seconds * (0.8 + 0.4 * draw.random())
-            begun[worker] = (moment, seconds)
-            push(moment + seconds, ShardDone(worker, shard))
+    def push(self, moment: float, event: Any) -> None:
+        """Let an event happen."""
+        self.counter += 1
+        heapq.heappush(self.heap, (moment, self.counter, event))
 
-    while True:
-        for action in actions:
-            if isinstance(action, StartWorker):
-                queues[action.worker] = []
-                push(now + load_seconds, WorkerReady(action.worker))
-                life = draw.expovariate(failures_an_hour / 3600)
-                push(now + life, WorkerLost(action.worker, draw.random() < 0.5, "spot"))
-            elif isinstance(action, Assign):
-                queues[action.worker].append(action.shard)
-                if len(queues[action.worker]) == 1:
-                    begin(action.worker, now)
-        if state.is_over:
-            break
-        moment, _, event = heapq.heappop(heap)
-        if event.worker not in queues:
-            continue
+    def begin(self, worker: int, moment: float) -> None:
+        """A worker begins with the next shard of its queue."""
+        if self.queues[worker]:
+            seconds = self.fleet.shard_seconds * (0.8 + 0.4 * self.draw.random()) * self.slowness[worker]
+            self.begun[worker] = (moment, seconds)
+            self.push(moment + seconds, ShardDone(worker, self.queues[worker][0]))
+
+    def remove(self, worker: int) -> None:
+        """A worker is gone."""
+        self.begun.pop(worker, None)
+        del self.queues[worker]
+        self.nodes.remove(worker, self.now)
+
+    def obey(self, action: Action) -> None:
+        """Carry out an action."""
+        if isinstance(action, StartWorker):
+            self.queues[action.worker] = []
+            self.nodes.add(action.worker, self.now)
+            self.slowness[action.worker] = SLOW if self.draw.random() < self.fleet.slow_share else 1.0
+            self.push(self.now, WorkerPlaced(action.worker, "gpu"))
+            self.push(self.now + self.fleet.load_seconds, WorkerReady(action.worker))
+            life = self.draw.expovariate(self.fleet.failures_an_hour / 3600)
+            self.push(self.now + life, WorkerLost(action.worker, self.draw.random() < 0.5, "spot"))
+        elif isinstance(action, Assign):
+            self.num_second += action.is_second
+            self.queues[action.worker].append(action.shard)
+            if len(self.queues[action.worker]) == 1:
+                self.begin(action.worker, self.now)
+        elif isinstance(action, StopWorker):
+            self.remove(action.worker)
+
+    def note(self, event: Any, moment: float) -> None:
+        """An event happens."""
         if isinstance(event, WorkerLost):
-            num_failures += 1
-            begun.pop(event.worker, None)
-            del queues[event.worker]
+            self.num_failures += 1
+            self.remove(event.worker)
         elif isinstance(event, ShardDone):
-            useful += begun.pop(event.worker)[1]
-            queues[event.worker].pop(0)
-            begin(event.worker, moment)
-        # The driver receives it when it is done with what came before.
-        begun_at = time.process_time()
-        state, actions = scheduler.step(state, event)
-        seconds = time.process_time() - begun_at
-        spent += seconds
-        free_at = max(free_at, moment) + seconds
-        now = free_at
-        num_decisions += 1
-        if not state.num_pending and not efficiency:
-            in_flight = sum(now - since for since, _ in begun.values())
-            efficiency = (useful + in_flight) / (num_workers * now)
-    return Scale(
-        efficiency=efficiency,
-        whole_efficiency=useful / (num_workers * now),
-        decisions_per_second=num_decisions / spent,
-        num_decisions=num_decisions,
-        num_failures=num_failures,
-        simulated_hours=now / 3600,
-    )
+            # Of a slow worker as much as another would have needed.
+            self.useful += self.begun.pop(event.worker)[1] / self.slowness[event.worker]
+            self.queues[event.worker].pop(0)
+            self.begin(event.worker, moment)
+
+    def play(self) -> Scale:
+        """The run, from start to end."""
+        fleet = self.fleet
+        factor = SECOND_ATTEMPT_FACTOR if fleet.follows_work else math.inf
+        limits = replace(LARGE_LIMITS, second_attempt_factor=factor)
+        state, actions = scheduler.start(bytes(fleet.num_shards), fleet.num_workers, limits=limits)
+        spent = free_at = efficiency = 0.0
+        num_decisions = 0
+        self.push(0.0, Tick(0.0))
+        while True:
+            for action in actions:
+                if fleet.follows_work or not isinstance(action, StopWorker):
+                    self.obey(action)
+            if state.is_over:
+                break
+            moment, _, event = heapq.heappop(self.heap)
+            if isinstance(event, Tick):
+                self.push(moment + LARGE_LIMITS.check_seconds, Tick(moment + LARGE_LIMITS.check_seconds))
+            elif event.worker not in self.queues:
+                actions = []
+                continue
+            self.note(event, moment)
+            # The driver receives it when it is done with what came before.
+            begun_at = time.process_time()
+            state, actions = scheduler.step(state, event)
+            seconds = time.process_time() - begun_at
+            self.now = free_at = max(free_at, moment) + seconds
+            if not isinstance(event, Tick):
+                spent += seconds
+                num_decisions += 1
+            if not state.num_pending and not efficiency:
+                in_flight = sum(self.now - since for since, _ in self.begun.values())
+                efficiency = (self.useful + in_flight) / (fleet.num_workers * self.now)
+        for worker in list(self.queues):
+            self.remove(worker)
+        return Scale(
+            efficiency=efficiency,
+            whole_efficiency=self.useful / self.nodes.held_seconds,
+            decisions_per_second=num_decisions / spent,
+            num_decisions=num_decisions,
+            num_failures=self.num_failures,
+            num_second=self.num_second,
+            simulated_hours=self.now / 3600,
+        )
 
 
 def main(arguments: list[str]) -> int:
@@ -625,22 +815,34 @@ def main(arguments: list[str]) -> int:
     many.add_argument("num", type=int)
     many.add_argument("--first", type=int, default=0, help="first seed")
     large = commands.add_parser("scale", help="a large run")
-    large.add_argument("--workers", type=int, default=10_000)
-    large.add_argument("--shards", type=int, default=1_000_000)
-    large.add_argument("--shard-seconds", type=float, default=300.0)
-    large.add_argument("--failures-an-hour", type=float, default=0.01)
-    large.add_argument("--load-seconds", type=float, default=60.0)
+    default = Fleet()
+    large.add_argument("--workers", type=int, default=default.num_workers)
+    large.add_argument("--shards", type=int, default=default.num_shards)
+    large.add_argument("--shard-seconds", type=float, default=default.shard_seconds)
+    large.add_argument("--failures-an-hour", type=float, default=default.failures_an_hour)
+    large.add_argument("--load-seconds", type=float, default=default.load_seconds)
+    large.add_argument("--slow-share", type=float, default=default.slow_share)
+    large.add_argument("--workers-per-node", type=int, default=default.workers_per_node)
+    large.add_argument("--hold", action="store_true", help="hold all workers to the end, and attempt nothing twice")
     options = parser.parse_args(arguments)
     if options.command == "schedules":
         return int(schedules(options.num, options.first) > 0)
-    found = scale(
-        options.workers, options.shards, options.shard_seconds, options.failures_an_hour, options.load_seconds
+    fleet = Fleet(
+        num_workers=options.workers,
+        num_shards=options.shards,
+        shard_seconds=options.shard_seconds,
+        failures_an_hour=options.failures_an_hour,
+        load_seconds=options.load_seconds,
+        slow_share=options.slow_share,
+        workers_per_node=options.workers_per_node,
+        follows_work=not options.hold,
     )
+    found = LargeRun(fleet).play()
     print(
-        f"{options.workers} workers, {options.shards} shards of {options.shard_seconds:g} s, {found.num_failures}"
-        f" failures in {found.simulated_hours:.2f} h: efficiency {found.efficiency:.2%}, with the wait for the last"
-        f" {found.whole_efficiency:.2%}; {found.num_decisions}"
-        f" decisions, {found.decisions_per_second:,.0f} a second"
+        f"{fleet.num_workers} workers, {fleet.num_shards} shards of {fleet.shard_seconds:g} s, {found.num_failures}"
+        f" failures and {found.num_second} second attempts in {found.simulated_hours:.2f} h: efficiency"
+        f" {found.efficiency:.2%}, to the end of the run {found.whole_efficiency:.2%}; {found.num_decisions} decisions,"
+        f" {found.decisions_per_second:,.0f} a second"
     )
     return 0
 

@@ -1,14 +1,20 @@
-"""Signals: the first requests an orderly stop, the second stops at once."""
+"""Signals: the first requests an orderly stop, the second stops at once.
+
+Job schedulers send SIGTERM to every process of a job, and wrapper scripts pass it on: one that follows another within a
+second is the same request. SIGINT comes from a person, who may be quick.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME_REQUEST_SECONDS = 1.0
 
 
 class StopRequest:
@@ -26,8 +32,10 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def deferred_signals() -> Iterator[StopRequest]:
+def deferred_signals(clock: Callable[[], float] = time.monotonic) -> Iterator[StopRequest]:
     """Record the first SIGINT or SIGTERM instead of stopping; the second raises `KeyboardInterrupt`.
+
+    A SIGTERM within a second of the first one, SIGTERM as well, is part of it.
 
     Outside the main thread, which alone receives signals, nothing changes.
     """
@@ -36,10 +44,15 @@ def deferred_signals() -> Iterator[StopRequest]:
         yield request
         return
 
+    first_at = 0.0
+
     def handle(number: int, frame: FrameType | None) -> None:
-        if request:
+        nonlocal first_at
+        name = signal.Signals(number).name
+        if not request:
+            request.signal_name, first_at = name, clock()
+        elif not (name == request.signal_name == "SIGTERM" and clock() - first_at < SAME_REQUEST_SECONDS):
             raise KeyboardInterrupt
-        request.signal_name = signal.Signals(number).name
 
     previous = {number: signal.signal(number, handle) for number in SIGNALS}
     try:

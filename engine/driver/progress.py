@@ -39,6 +39,7 @@ class RequestTally:
     Attributes:
         total: samples in planned shards; grows with the rounds of a quota.
         committed: samples in committed shards, of any status.
+        accepted, rejected, failed: of those.
         wanted: accepted samples that its quotas ask for; 0 without quotas.
         counted: accepted samples that count towards them, without those beyond the quota of their class.
         in_flight: samples done so far in shards in flight, by shard.
@@ -50,6 +51,8 @@ class RequestTally:
     total: int
     committed: int = 0
     accepted: int = 0
+    rejected: int = 0
+    failed: int = 0
     wanted: int = 0
     counted: int = 0
     in_flight: dict[int, int] = field(default_factory=dict)
@@ -128,6 +131,14 @@ class Tally:
         for row in self._rows(shard):
             row.in_flight.pop(shard, None)
 
+    def missing(self) -> Iterator[tuple[int, int, int]]:
+        """Request, class or subset within it, and accepted samples that its quota lacks, of each quota."""
+        for request in self._plan.requests:
+            if request.spec.has_quota:
+                for cell in range(len(request.cells)):
+                    accepted = self._accepted[request.number, cell]
+                    yield request.number, cell, max(0, request.spec.num_wanted - accepted)
+
     def _add(self, shard: int, counts: ShardCounts) -> None:
         """Count the samples of a committed shard."""
         self._is_committed[shard] = 1
@@ -141,6 +152,8 @@ class Tally:
         for row in self._rows(shard):
             row.committed += counts.attempted
             row.accepted += counts.accepted
+            row.rejected += counts.rejected
+            row.failed += counts.failed
             row.counted += gained
 
     def _rows(self, shard: int) -> tuple[RequestTally, RequestTally]:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine.data.run.commits import list_commits
+from engine.data.run.commits import compact_commits, list_commits
 from engine.data.run.curated import check_not_curated
 from engine.data.run.file_names import SUCCESS
 from engine.data.run.foreign_files import check_unused
@@ -35,6 +35,7 @@ from engine.driver.run_summary import RunSummary, summarise
 from engine.driver.scheduling.messages import SchedulerLimits
 from engine.job.plan import Plan
 from engine.job.spec import JobSpec
+from engine.models.copies import ModelCopy, check_copies, model_copies
 from engine.models.factories import add_import_folders, import_folders
 from engine.models.factory_cache import keep_import_folders
 
@@ -83,7 +84,7 @@ def run_job(
         keep_import_folders(checked.store.uri)
         session = _Session(checked, executor, display, limits or SchedulerLimits(), started)
         with session.open(resume, confirmed=confirmed, retry=retry):
-            return session.run(make_worker or _in_this_folder(default_worker))
+            return session.run(make_worker or _in_this_folder(default_worker, model_copies(checked.models)))
     except KeyboardInterrupt:
         display.notice("interrupted; committed shards are kept")
         raise
@@ -128,6 +129,7 @@ class _Session:
         ):
             plan = open_output(store, self._checked.plan, self._checked.job, resume, confirmed)
             check_committed(store)
+            compact_commits(store)
             if retry:
                 store.remove_tree(QUARANTINE)
             self._lease: Lease = lease
@@ -179,16 +181,22 @@ class _Session:
         return summarise(self._store, self._checked.job, committed, result, seconds=seconds, finished=finished)
 
 
-def _in_this_folder(make_worker: Callable[..., WorkerLike]) -> MakeWorker:
-    return partial(make_worker, folder=str(Path.cwd()), imports=import_folders())
+def _in_this_folder(make_worker: Callable[..., WorkerLike], models: tuple[ModelCopy, ...]) -> MakeWorker:
+    return partial(make_worker, folder=str(Path.cwd()), imports=import_folders(), models=models)
 
 
-def default_worker(job: JobSpec, plan: Plan, folder: str, imports: tuple[str, ...] = ()) -> WorkerLike:
+def default_worker(
+    job: JobSpec, plan: Plan, folder: str, imports: tuple[str, ...] = (), models: tuple[ModelCopy, ...] = ()
+) -> WorkerLike:
     """The worker that makes samples, named after its machine and process.
 
     Args:
         folder: the driver's working folder, which relative addresses of models refer to.
         imports: folders that factories are imported from, in addition to those of the process.
+        models: as the driver found them.
+
+    Raises:
+        JobError: a model is another one on this machine.
 
     Side effects: makes `folder` the working folder of this process if it exists, and adds to `sys.path`.
     """
@@ -197,4 +205,5 @@ def default_worker(job: JobSpec, plan: Plan, folder: str, imports: tuple[str, ..
     with contextlib.suppress(OSError):
         os.chdir(folder)
     add_import_folders(imports)
+    check_copies(models, socket.gethostname())
     return Worker(job, plan, name=f"{socket.gethostname()}-{os.getpid()}")

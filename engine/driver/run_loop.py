@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from dataclasses import dataclass
 
-from engine.data.run.commits import CommitSummary
+from engine.data.run.commit_record import CommitRecord
+from engine.data.run.commits import CommitPacker, CommitSummary
 from engine.data.run.counts import ShardCounts
 from engine.data.run.notices import MAX_DISTINCT
 from engine.data.run.quarantine import QUARANTINE, quarantined_shards
@@ -16,6 +18,7 @@ from engine.data.stores.journal import NOTICE, Journal
 from engine.data.stores.lease import Lease
 from engine.driver.executors.base import Executor, ExecutorEvent, ShardResult, WorkerFactory
 from engine.driver.interrupts import StopRequest, deferred_signals
+from engine.driver.monitor import Monitor, RunCounts
 from engine.driver.progress import Display, Tally
 from engine.driver.sampling_share import SamplingShare
 from engine.driver.scheduler_loop import SchedulerLoop, WorkersFailingError, brief_abort, main_line
@@ -24,6 +27,7 @@ from engine.driver.scheduling.faults import is_job_fault
 from engine.driver.scheduling.messages import (
     Abort,
     Action,
+    Assign,
     Drain,
     Drained,
     PlanGrown,
@@ -32,13 +36,16 @@ from engine.driver.scheduling.messages import (
     ShardError,
     ShardProgress,
     ShardRange,
+    StartWorker,
     StopWorker,
     Tick,
     WorkerLost,
     WorkerReady,
 )
 from engine.driver.scheduling.state import State, Step
-from engine.errors import RiskforgeError
+from engine.driver.worker_logs import WorkerLogs
+from engine.driver.workers import HANGS
+from engine.errors import CorruptShardError, OutputError, RiskforgeError, StoreLostError, first_line
 from engine.job.plan import Extent, Plan, ShardSpec
 from engine.job.quotas import replay
 from engine.job.spec import JobSpec
@@ -101,6 +108,8 @@ class RunLoop(SchedulerLoop):
         for number in (*committed, *quarantined):
             self._skipped[number] = 1
         self._sampling_share = SamplingShare()
+        self._num_committed, self._num_quarantined = len(committed), len(quarantined - committed.keys())
+        self._packer = CommitPacker(store)
         self._noticed: set[str] = set()
         self._drained = ""
         self._stop_request: StopRequest | None = None
@@ -124,12 +133,15 @@ class RunLoop(SchedulerLoop):
             RiskforgeError: an error that the user has to fix.
         """
         self._store.remove(FAULTS)
+        self._monitor = Monitor(self._store, self._lease.token, self._executor, self._tally)
+        self._logs = WorkerLogs(self._store, self._lease.number)
         num_missing = self._skipped.count(0)
         self._display.phase(f"{self._executor.opening} for {num_missing} of {self._plan.num_shards} shards")
         num_workers = self._executor.open(factory, num_missing)
         self._display.phase(f"loading models ({num_workers} worker{'s' if num_workers > 1 else ''})")
         self._journal.note("started", workers=num_workers, shards=self._plan.num_shards, missing=num_missing)
-        with deferred_signals() as self._stop_request:
+        with deferred_signals() as self._stop_request, contextlib.ExitStack() as cleanup:
+            cleanup.callback(lambda: self._monitor.close(self._counts()))
             if isinstance(self._drive(*self._start(num_workers)), Drained):
                 self._drained = self._drained or DEADLINE
         return RunLoopResult(plan=self._plan, drained=self._drained, sampling_share=self._sampling_share.value())
@@ -158,6 +170,15 @@ class RunLoop(SchedulerLoop):
     def _report_progress(self) -> None:
         self._display.show(self._tally)
         self._journal.keep()
+        self._monitor.report(self._counts())
+
+    def _counts(self) -> RunCounts:
+        return RunCounts(
+            plan=self._plan,
+            num_committed=self._num_committed,
+            num_quarantined=self._num_quarantined,
+            sampling_share=self._sampling_share.value(),
+        )
 
     def _growth(self, event: ExecutorEvent | Tick | Drain, actions: list[Action]) -> PlanGrown | None:
         """Report finished and quarantined shards to the quotas; what they add to the plan, for the scheduler."""
@@ -189,8 +210,15 @@ class RunLoop(SchedulerLoop):
         return ShardRange(extent.num_shards, request=extent.request, model=model)
 
     def _perform(self, action: Action) -> None:
-        if isinstance(action, StopWorker):
+        if isinstance(action, StartWorker):
+            self._monitor.table.start(action.worker, time.time())
+        elif isinstance(action, Assign):
+            self._monitor.table.assign(action.worker, action.shard, time.time())
+            if action.is_second:
+                self._journal.note("second_attempt", shard=action.shard, worker=action.worker)
+        elif isinstance(action, StopWorker):
             self._sampling_share.remove_worker(action.worker)
+            self._monitor.table.stop(action.worker)
         super()._perform(action)
 
     def _error(self, action: Abort) -> RiskforgeError:
@@ -215,6 +243,7 @@ class RunLoop(SchedulerLoop):
 
     def _note_event(self, event: ExecutorEvent, state: State) -> None:
         now = time.monotonic()
+        self._monitor.note(event, self._plan)
         if isinstance(event, WorkerReady):
             self._display.phase("")
             self._tally.ready(event.worker, now)
@@ -227,18 +256,29 @@ class RunLoop(SchedulerLoop):
         elif isinstance(event, ShardError):
             self._tally.drop(event.shard)
             if not is_job_fault(state, event):
-                self._note_replaced(event.worker, event.message, event.shard)
+                self._note_fault(event.worker, event.message, self._monitor.kind_of(event), event.shard)
         elif isinstance(event, WorkerLost):
             self._sampling_share.remove_worker(event.worker)
-            self._note_replaced(event.worker, event.message)
+            self._note_fault(event.worker, event.message, self._monitor.kind_of(event))
 
     def _note_commit(self, event: ShardResult, now: float) -> None:
         counts: ShardCounts = event.outcome.counts
         self._tally.commit(event.worker, event.shard, counts, now)
         self._sampling_share.add_commit(event.worker, event.outcome.sampling_seconds, now)
+        self._num_committed += 1
         fields = {"samples": counts.attempted, "accepted": counts.accepted, "failed": counts.failed}
         self._journal.note("committed", shard=event.shard, worker=event.worker, **fields)
         self._show_notices(event)
+        self._pack(event.outcome.record)
+
+    def _pack(self, record: CommitRecord) -> None:
+        """Pack the records of a thousand shards; where that fails they stay as they are until the run is closed."""
+        try:
+            self._packer.add(record)
+        except StoreLostError:
+            raise
+        except (OutputError, CorruptShardError) as error:
+            self._journal.note("not packed", message=first_line(error))
 
     def _show_notices(self, event: ShardResult) -> None:
         """Show what the hardware forced, each sentence once however many workers it concerns."""
@@ -248,10 +288,21 @@ class RunLoop(SchedulerLoop):
                 self._display.notice(text)
                 self._journal.note(NOTICE, text=text, shard=event.shard)
 
-    def _note_replaced(self, worker: int, message: str, shard: int | None = None) -> None:
+    def _note_replaced(self, worker: int, message: str) -> None:
+        self._note_fault(worker, message, HANGS)
+
+    def _note_fault(self, worker: int, message: str, kind: str, shard: int | None = None) -> None:
+        """Record why a worker is replaced: on the terminal, in the journal, and in a file with its last output."""
+        log = self._logs.write(worker, message)
+        self._monitor.fault(worker, message, kind=kind, shard=shard, log=log)
         prefix = "" if shard is None else f"shard {shard} failed, "
         self._display.notice(f"{prefix}worker {worker} is replaced: {main_line(message)}")
-        self._journal.note("replaced", worker=worker, message=main_line(message))
+        fields = {"log": log} if log else {}
+        self._journal.note("replaced", worker=worker, kind=kind, message=main_line(message), **fields)
+
+    def _note_avoided(self, message: str) -> None:
+        super()._note_avoided(message)
+        self._journal.note("avoided", message=message)
 
     def _quarantine(self, action: Quarantine) -> None:
         shard = self._plan.shard(action.shard)
@@ -263,6 +314,7 @@ class RunLoop(SchedulerLoop):
             "reasons": list(action.reasons),
         }
         self._tally.drop(shard.number)
+        self._num_quarantined += 1
         name = f"{QUARANTINE}/{shard.number:06d}.json"
         self._store.replace(name, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
         self._display.notice(f"shard {shard.number} is in quarantine after {len(action.reasons)} faults: {name}")

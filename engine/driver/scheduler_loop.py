@@ -7,13 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
-from engine.driver.executors.base import Executor, ExecutorEvent, ShardResult
+from engine.driver.executors.base import Executor, ExecutorEvent, NodeChooser, ShardResult
 from engine.driver.progress import Display
 from engine.driver.scheduling import scheduler
 from engine.driver.scheduling.messages import (
     Abort,
     Action,
     Assign,
+    AvoidNodes,
     Drain,
     Drained,
     Finished,
@@ -141,8 +142,24 @@ class SchedulerLoop(ABC):
             self._quarantine(action)
         elif isinstance(action, Replaced):
             self._note_replaced(action.worker, action.message)
+        elif isinstance(action, AvoidNodes):
+            self._avoid(action)
         elif isinstance(action, Abort):
             raise self._error(action)
+
+    def _avoid(self, action: AvoidNodes) -> None:
+        """Have the executor avoid machines, and notify the user of one more."""
+        assert isinstance(self._executor, NodeChooser), "machines were named by the executor"
+        self._executor.avoid_nodes(action.nodes)
+        if action.message:
+            text = action.message
+            for node in action.nodes:
+                text = text.replace(node, self._executor.node_name(node))
+            self._note_avoided(brief_abort(text))
+
+    def _note_avoided(self, message: str) -> None:
+        """Report that a machine is avoided from now on."""
+        self._display.notice(f"{message}; no worker is started there any more")
 
     def _report_unplaced(self, now: float) -> None:
         """Notify the user once if workers wait long for a machine."""

@@ -31,6 +31,7 @@ from engine.driver.run_outcome import (
     read_outcomes,
     read_pinned_outcome,
 )
+from engine.driver.worker_status import read_workers, worker_lines
 from engine.errors import CorruptShardError, OutputError
 from engine.job.plan import Plan
 from engine.job.quotas import replay
@@ -77,6 +78,8 @@ class Status:
         curation: how a curated run was selected, as far as that is known; None of any other run.
         remake: the command that makes what is missing, for messages.
         pinned: the comparison with the pinned baseline; None where there is none.
+        workers: what workers do, and how fast (`engine.driver.worker_status`); None where no driver is running, or
+            has not written it yet.
     """
 
     uri: str
@@ -96,6 +99,7 @@ class Status:
     curation: Curation | None
     remake: str
     pinned: PinnedOutcome | None = None
+    workers: dict[str, Any] | None = None
 
 
 def read_status(store: Store) -> Status:
@@ -139,6 +143,7 @@ def read_status(store: Store) -> Status:
         curation=_curation(store) if is_curated(plan) else None,
         remake=remake_command(plan),
         pinned=read_pinned_outcome(store),
+        workers=read_workers(store, holder.token) if holder and is_running else None,
     )
 
 
@@ -216,7 +221,9 @@ def status_lines(status: Status) -> list[str]:
         lines.append(f"driver: {status.driver}")
     elif status.driver and status.state == "stopped":
         lines.append(f"last driver: {status.driver}; {status.remake} continues")
-    if rate:
+    if status.workers:
+        lines += worker_lines(status.workers)
+    elif rate:
         lines.append(
             f"{rate:.2g} samples/s" + (f", {duration(eta)} left for the planned shards" if eta is not None else "")
         )

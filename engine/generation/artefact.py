@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engine.data.images import Unusable
 from engine.data.stores.artefact_folders import publish_artefact
+from engine.data.stores.base import Store
 from engine.errors import JobError
 from engine.methods.conditioning.distributions import ClassDistributions
 from engine.methods.conditioning.gaussians import ClassGaussians, ClassMoments
@@ -105,7 +106,7 @@ class Conditioning:
         return notes
 
 
-def save_conditioning(conditioning: Conditioning, folder: Path) -> tuple[Path, bool]:
+def save_conditioning(conditioning: Conditioning, folder: Path | Store) -> tuple[Path, bool]:
     """Store an artefact as `folder/conditioning-DIGEST12`.
 
     Returns:

@@ -10,9 +10,10 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.data.run.commit_record import CommitRecord
@@ -28,8 +29,9 @@ from engine.data.stores.opening import open_store
 from engine.errors import JobError
 from engine.generation.batching import Batches
 from engine.generation.notices import Notices
+from engine.generation.usage import BatchUsage, batch_usage, failure_kind
 from engine.job.plan import Plan, SampleSpec, ShardSpec
-from engine.job.records import SampleResult
+from engine.job.records import STATUS_FAILED, SampleResult
 from engine.job.spec import JobSpec
 from engine.methods.conditioning.screening_tally import ScreeningTally
 from engine.models.gpu_sharing import gpu_share
@@ -49,13 +51,24 @@ class ShardOutcome:
     Attributes:
         sampling_seconds: duration of sampling and scoring.
         total_seconds: duration from start to commit.
-        notices: those of the commit record.
+        record: the commit record in the store.
+        failures: failed samples by kind (`failure_kind`), as far as they were made by this attempt.
     """
 
-    counts: ShardCounts
+    record: CommitRecord
     sampling_seconds: float
     total_seconds: float
-    notices: tuple[str, ...] = ()
+    failures: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> ShardCounts:
+        """Samples of the shard by status."""
+        return self.record.counts
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """Those of the commit record."""
+        return tuple(self.record.notices)
 
 
 class ShardProgressCallback(Protocol):
@@ -95,6 +108,9 @@ class Worker:
         name: identifies the worker in the metadata.
         load: loads the models; `load_generator` if not given.
 
+    Attributes:
+        usage: of the last batch; None before the first.
+
     Raises:
         JobError: a model cannot be loaded, the hardware lacks what `runtime` asks for, or the output is not shared
             with the driver.
@@ -103,6 +119,7 @@ class Worker:
     def __init__(
         self, job: JobSpec, plan: Plan, *, name: str, load: Callable[[JobSpec, Plan], BatchGenerator] | None = None
     ) -> None:
+        self.usage: BatchUsage | None = None
         self._job = job
         self._plan = plan
         self._name = name
@@ -157,6 +174,7 @@ class Worker:
                     result.run |= {"duration_seconds": duration, "attempt": buffer.attempt, "worker": self._name}
                 buffer.put(results, writing)
                 done += len(results)
+                self.usage = batch_usage(len(results))
                 report(done, seconds, self._generator.batch_limit(request))
                 if writing.done():
                     return
@@ -188,7 +206,7 @@ class Worker:
             notices=buffer.notices,
         )
         self._generator.notices.give_back(unstored(buffer.notices, record.notices))
-        return _outcome(record, time.monotonic() - buffer.started)
+        return _outcome(record, time.monotonic() - buffer.started, buffer.failures)
 
 
 class ShardBuffer:
@@ -197,6 +215,7 @@ class ShardBuffer:
     Attributes:
         timing: durations by name, in seconds, for the commit record.
         notices: those of the generator since its last shard, for the commit record.
+        failures: failed samples so far, by kind.
     """
 
     def __init__(self, shard: ShardSpec, attempt: int, notices: Notices) -> None:
@@ -205,6 +224,7 @@ class ShardBuffer:
         self.started = time.monotonic()
         self.timing = {"sampling_seconds": 0.0}
         self.notices: list[str] = []
+        self.failures: Counter[str] = Counter()
         self._source = notices
         self._batches: queue.Queue[list[SampleResult] | BaseException | None] = queue.Queue(MAX_WAITING_BATCHES)
 
@@ -234,19 +254,21 @@ class ShardBuffer:
             if isinstance(batch, BaseException):
                 raise batch
             for result in batch:
+                record = result.record
+                if record["status"] == STATUS_FAILED:
+                    self.failures[failure_kind(record["error_message"])] += 1
                 if result.num_draws:
-                    record = result.record
                     tally.add(record["class_index"], screened=record["screened"], num_draws=result.num_draws)
                 yield result
 
 
-def _outcome(record: CommitRecord, total_seconds: float) -> ShardOutcome:
+def _outcome(record: CommitRecord, total_seconds: float, failures: Mapping[str, int] | None = None) -> ShardOutcome:
     seconds = record.timing.get("sampling_seconds", 0.0)
     return ShardOutcome(
-        counts=record.counts,
+        record=record,
         sampling_seconds=seconds,
         total_seconds=max(total_seconds, seconds),
-        notices=tuple(record.notices),
+        failures=dict(failures or {}),
     )
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import queue
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from engine.driver.executors.activity import Activity
 from engine.driver.scheduling.messages import (
+    CapacityChanged,
     ShardDone,
     ShardError,
     ShardProgress,
@@ -30,6 +31,7 @@ from engine.job.plan import ShardSpec
 from engine.terminal import redacted
 
 if TYPE_CHECKING:
+    from engine.generation.usage import BatchUsage
     from engine.generation.worker import ShardOutcome, ShardProgressCallback
 
 Item = TypeVar("Item")
@@ -76,6 +78,7 @@ ExecutorEvent = (
     | ShardError
     | WorkerLost
     | UserFault
+    | CapacityChanged
 )
 
 
@@ -136,6 +139,19 @@ class Executor(Protocol):
         ...
 
 
+@runtime_checkable
+class NodeChooser(Protocol):
+    """An executor with several machines, which it names in `WorkerPlaced`, and reports in `CapacityChanged`."""
+
+    def avoid_nodes(self, nodes: Collection[str]) -> None:
+        """Start no worker on these machines, until this is called again."""
+        ...
+
+    def node_name(self, node: str) -> str:
+        """What users call a machine."""
+        ...
+
+
 class WorkerHost:
     """Runs a worker in its process. Errors become events, since exceptions do not cross process boundaries.
 
@@ -152,6 +168,11 @@ class WorkerHost:
         self._activity = Activity(report_active)
         self._activity.begin()
         self.has_failed = False
+
+    @property
+    def usage(self) -> BatchUsage | None:
+        """What the worker's last batch used, if it says so."""
+        return getattr(self._worker, "usage", None)
 
     def close(self) -> None:
         """Stop reporting."""

@@ -21,10 +21,12 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from engine.driver.executors.base import ExecutorEvent, WorkerFactory, WorkerHost
+from engine.driver.executors.worker_output import show_crashes
 from engine.job.plan import ShardSpec
 from engine.models.gpu_sharing import GpuShare, sharing_gpu
 
 if TYPE_CHECKING:
+    from engine.generation.usage import BatchUsage
     from engine.generation.worker import ShardProgressCallback
 
 # How long an actor waits for the server, which may still be importing; then it builds the worker itself.
@@ -64,11 +66,15 @@ class ForkedHost:
         connection: to the process.
         report_active: called on its heartbeats.
         dump: pickles a worker's factory.
+
+    Attributes:
+        usage: of the worker's last batch.
     """
 
     def __init__(
         self, connection: Connection, report_active: Callable[[], None], dump: Callable[[WorkerFactory], bytes]
     ) -> None:
+        self.usage: BatchUsage | None = None
         self._connection = connection
         self._report_active = report_active
         self._dump = dump
@@ -100,7 +106,8 @@ class ForkedHost:
                 if kind == _HEARTBEAT:
                     self._report_active()
                 elif kind == _PROGRESS:
-                    self._report(*content)
+                    self.usage, *progress = content
+                    self._report(*progress)
                 else:
                     (self._outcomes if kind == _OUTCOME else self._answers).put(content)
         finally:
@@ -136,6 +143,7 @@ def serve_worker(connection: Connection) -> None:
     """Run a worker in this process, which was forked for it, until the actor ends."""
     state: ProcessState = connection.recv()
     state.apply()
+    show_crashes()
     send = _Sender(connection)
     send(_FORKED)
     host = WorkerHost(state.worker, partial(send, _HEARTBEAT))
@@ -146,7 +154,7 @@ def serve_worker(connection: Connection) -> None:
     with ThreadPoolExecutor(1, thread_name_prefix="commits") as commits:
         while True:
             shard, attempt, batch_limit = connection.recv()
-            finish = host.sample_shard(shard, attempt, send.progress, batch_limit)
+            finish = host.sample_shard(shard, attempt, partial(send.progress, host), batch_limit)
             send(_ANSWER)
             commits.submit(send.outcome, finish)
 
@@ -162,9 +170,9 @@ class _Sender:
         with self._lock:
             self._connection.send((kind, content))
 
-    def progress(self, num_done: int, batch_seconds: float = 0.0, batch_limit: int = 0) -> None:
-        """A `ShardProgressCallback`."""
-        self(_PROGRESS, (num_done, batch_seconds, batch_limit))
+    def progress(self, host: WorkerHost, num_done: int, batch_seconds: float = 0.0, batch_limit: int = 0) -> None:
+        """A `ShardProgressCallback` for the worker of a host."""
+        self(_PROGRESS, (host.usage, num_done, batch_seconds, batch_limit))
 
     def outcome(self, finish: Callable[[], ExecutorEvent]) -> None:
         """Wait for a commit and send its event."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -89,7 +90,7 @@ class LocalExecutor:
     def _run(self, worker: int, inbox: Inbox) -> None:
         """A worker's thread; a second thread waits for its commits."""
         host = WorkerHost(worker, partial(self._report_active, worker))
-        self._events.put((worker, WorkerPlaced(worker, NODE_KIND)))
+        self._events.put((worker, WorkerPlaced(worker, NODE_KIND, machine=socket.gethostname())))
         self._waiting.add(worker)
         # One at a time: libraries that load models patch the construction of modules for all threads meanwhile.
         with self._loading:
@@ -100,7 +101,7 @@ class LocalExecutor:
         with ThreadPoolExecutor(1, thread_name_prefix=f"commits-{worker}") as commits:
             while not host.has_failed and (item := inbox.get()) is not None:
                 shard, attempt, batch_limit = item
-                report = partial(self._report, worker, shard.number)
+                report = partial(self._report, worker, host, shard.number)
                 finish = host.sample_shard(shard, attempt, report, batch_limit)
                 self._events.put((worker, ShardSampled(worker, shard.number)))
                 try:
@@ -115,8 +116,10 @@ class LocalExecutor:
         for active in (worker, *tuple(self._waiting)):
             self._events.put((active, WorkerActive(active)))
 
-    def _report(self, worker: int, shard: int, num_done: int, batch_seconds: float = 0.0, batch_limit: int = 0) -> None:
-        self._events.put((worker, ShardProgress(worker, shard, num_done, batch_seconds, batch_limit)))
+    def _report(
+        self, worker: int, host: WorkerHost, shard: int, num_done: int, batch_seconds: float = 0.0, batch_limit: int = 0
+    ) -> None:
+        self._events.put((worker, ShardProgress(worker, shard, num_done, batch_seconds, batch_limit, host.usage)))
 
     def _finish(self, worker: int, finish: Callable[[], ExecutorEvent]) -> None:
         self._events.put((worker, finish()))

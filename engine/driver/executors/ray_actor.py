@@ -10,11 +10,15 @@ from functools import partial
 from engine.driver.executors.base import ExecutorEvent, WorkerFactory, WorkerHost
 from engine.driver.executors.forked_host import ForkedHost, request_worker
 from engine.driver.executors.ray_layout import gpu_threads, usable_cores
+from engine.driver.executors.software import software
+from engine.driver.executors.worker_output import output_files, show_crashes
+from engine.generation.usage import BatchUsage
 from engine.job.plan import ShardSpec
 from engine.models.gpu_sharing import GpuShare, sharing_gpu
 
-# The shard last reported on, its samples done, duration of the last batch in seconds, and limit of batch sizes.
-Progress = tuple[int, int, float, int]
+# The shard last reported on, its samples done, and of the last batch the duration in seconds, the limit of batch sizes
+# and what it used.
+Progress = tuple[int, int, float, int, BatchUsage | None]
 
 
 class RayHost:
@@ -45,14 +49,27 @@ class RayHost:
         self._progress: Progress | None = None
         self._sampled: queue.SimpleQueue[Callable[[], ExecutorEvent]] = queue.SimpleQueue()
 
-    def where(self) -> str:
-        """Id of the actor's node."""
+    def where(self, with_software: bool = False) -> tuple[str, dict[str, str]]:
+        """Id of the actor's node, and the versions of its software if asked for."""
         import ray
 
-        return str(ray.get_runtime_context().get_node_id())
+        return str(ray.get_runtime_context().get_node_id()), software() if with_software else {}
+
+    def memory(self) -> tuple[int, int]:
+        """Most bytes of its GPU that torch has held so far, and those that there are; zeros without a GPU."""
+        import torch
+
+        if not torch.cuda.is_initialized():
+            return 0, 0
+        return torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[1]
+
+    def output(self) -> tuple[str, ...]:
+        """The files with the output of this process, or of the one that works for it."""
+        return output_files()
 
     def load(self, factory: WorkerFactory) -> ExecutorEvent:
         """Build the worker."""
+        show_crashes()
         if self._fork_server and (connection := request_worker(self._fork_server, self._number)):
             from ray import cloudpickle
 
@@ -79,7 +96,7 @@ class RayHost:
         self._num_heartbeats += 1
 
     def _report(self, shard: int, num_done: int, batch_seconds: float = 0.0, batch_limit: int = 0) -> None:
-        self._progress = (shard, num_done, batch_seconds, batch_limit)
+        self._progress = (shard, num_done, batch_seconds, batch_limit, self._host.usage if num_done else None)
 
 
 def _threads_here(workers_per_gpu: int) -> int:

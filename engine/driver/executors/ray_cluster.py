@@ -16,9 +16,11 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
-from engine.driver.executors.ray_layout import MAX_CPU_WORKERS_PER_NODE, usable_cores
+from engine.driver.executors.ray_layout import MAX_CPU_WORKERS_PER_NODE, Machine, usable_cores
 from engine.errors import EXIT_DRAINED, ClusterLostError, JobError, RiskforgeError, first_line
 
 # Messages between driver and actors pass through Ray's object store; images do not. What `prepare` observes may be
@@ -36,6 +38,15 @@ HEAD_LOST_SECONDS = 30.0
 NODE_LOST_SECONDS = 4.0
 # After that, how long the driver may take to return from the Ray call that it may be blocked in.
 LEAVE_SECONDS = 15.0
+# Ray waits 30 s for its own processes, and no setting changes that.
+START_ATTEMPTS = 3
+# On one machine nothing is cut off: processes of Ray that are late share it with others. Ray would declare the node
+# dead after 15 s, or end it when its agent needs 30 s to start, and the driver's process with it.
+PATIENCE = {
+    "health_check_failure_threshold": "40",
+    "agent_register_timeout_ms": "300000",
+    "worker_register_timeout_seconds": "300",
+}
 # Longest path of a socket on Linux, and the bytes that Ray appends to its folder (session, time, process, socket).
 MAX_SOCKET_BYTES = 107
 RAY_SOCKET_BYTES = 66
@@ -48,6 +59,9 @@ class RayCluster:
         address: a running cluster (`auto` or `host:port`), or None to start one here.
         num_workers: worker slots of a cluster of our own, or None for one per core.
 
+    Attributes:
+        metrics_port: where a cluster of our own exports metrics, on this machine alone; 0 for any port.
+
     Raises:
         JobError: the address is of another kind.
     """
@@ -59,6 +73,7 @@ class RayCluster:
             )
         self._address = address
         self._num_workers = num_workers
+        self.metrics_port = 0
         self._folder = ""
         self._thread = threading.Thread(target=self._run, name="ray", daemon=True)
         self._is_up = threading.Event()
@@ -88,13 +103,18 @@ class RayCluster:
         if self._failure is not None:
             raise self._failure
 
-    def resources(self) -> list[dict[str, float]]:
-        """What each node that is alive has, as Ray names it; see `nodes`."""
-        found = [node["Resources"] for node in self.nodes() if node["Alive"]]
-        if not self._address:
-            # A cluster of our own was given slots for workers in place of cores.
-            found[0]["CPU"] = usable_cores()
-        return found
+    def machines(self) -> list[Machine]:
+        """The nodes that are alive."""
+        nodes = [node for node in self.nodes() if node["Alive"]]
+        # A cluster of our own was given slots for workers in place of cores.
+        own = {} if self._address else {"CPU": usable_cores()}
+        return [
+            Machine(node["NodeID"], resources=node["Resources"] | own, labels=node.get("Labels", {})) for node in nodes
+        ]
+
+    def resources(self) -> list[Mapping[str, float]]:
+        """What each node that is alive has, as Ray names it."""
+        return [machine.resources for machine in self.machines()]
 
     def nodes(self) -> list[dict[str, Any]]:
         """The nodes of the cluster, as Ray lists them.
@@ -203,7 +223,27 @@ class RayCluster:
         return True
 
     def _start(self, quiet: dict[str, Any]) -> None:
-        """Start a cluster of our own."""
+        """Start a cluster of our own; again where Ray gave up on processes that a busy machine kept waiting."""
+        for attempt in range(1, START_ATTEMPTS + 1):
+            try:
+                self._start_once(quiet)
+                return
+            except Exception as error:
+                if "timed out" not in str(error) or attempt == START_ATTEMPTS or self._is_closed.is_set():
+                    raise
+            self._kill_processes()
+            self._remove_folder()
+
+    def _kill_processes(self) -> None:
+        """Kill what Ray has started before it gave up; Ray itself would at the end of this process."""
+        import psutil
+
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if any(self._folder in word for word in process.cmdline()):
+                    process.kill()
+
+    def _start_once(self, quiet: dict[str, Any]) -> None:
         import ray
 
         self._folder = tempfile.mkdtemp(prefix="rf-", dir=short_folder())
@@ -219,6 +259,7 @@ class RayCluster:
             # Ray starts an idle process for each.
             num_cpus=self._num_workers or min(usable_cores(), MAX_CPU_WORKERS_PER_NODE),
             include_dashboard=False,
+            _metrics_export_port=self.metrics_port,
             object_store_memory=OBJECT_STORE_BYTES,
             _temp_dir=inner,
             **quiet,
@@ -292,6 +333,8 @@ def prepare_environment(is_own: bool) -> None:
     # Ray prints its own messages about dead workers to stdout; the run reports them itself.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     if is_own:
+        for name, value in PATIENCE.items():
+            os.environ.setdefault(f"RAY_{name}", value)
         # Without a token, Ray writes one into the home folder.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         # Ray then takes the loopback address for the machine's address (as it does on Windows and macOS), and all of

@@ -23,33 +23,37 @@ def settle(state: State, actions: list[Action]) -> Step:
         for number in state.idle[: state.num_pending]:
             state = assign(state, number, actions)
             state = assign(state, number, actions, ahead=True)
-        num_new = min(state.max_workers, state.num_open) - len(state.workers)
-        if num_new > 0 and state.now >= state.start_after and _fits_any(state):
-            state = _start_workers(state, num_new, actions)
+        num_new = min(state.max_workers - len(state.workers), state.num_pending - state.num_starting)
+        if num_new > 0 and state.now >= state.start_after and fits_any(state):
+            state = start_workers(state, num_new, actions)
     if _is_drained(state):
         return state._replace(is_over=True), [*actions, Drained()]
     return state, actions
 
 
-def _start_workers(state: State, num_new: int, actions: list[Action]) -> State:
+def start_workers(state: State, num_new: int, actions: list[Action]) -> State:
+    """Start so many workers."""
     workers = state.workers
     for number in range(state.next_worker, state.next_worker + num_new):
         actions.append(StartWorker(number))
         workers = workers.put(number, WorkerState(last_heartbeat=state.now))
-    return state._replace(workers=workers, next_worker=state.next_worker + num_new)
+    return state._replace(
+        workers=workers, num_starting=state.num_starting + num_new, next_worker=state.next_worker + num_new
+    )
 
 
 def _is_drained(state: State) -> bool:
     """Whether there is nothing left to wait for, although shards are missing."""
     if state.drain_until is None:
-        if state.limits.deadline is None or _fits_any(state) or not state.num_pending:
+        if state.limits.deadline is None or fits_any(state) or not state.num_pending:
             return False
     elif state.now >= state.drain_until:
         return True
     return len(state.idle) == len(state.workers) or not any(worker.queue for worker in state.workers.values())
 
 
-def _fits_any(state: State) -> bool:
+def fits_any(state: State) -> bool:
+    """Whether a pending shard may be started, or there is no deadline."""
     return state.limits.deadline is None or any(_fits_deadline(state, model) for model in state.model_queues)
 
 
@@ -75,15 +79,29 @@ def assign(state: State, number: int, actions: list[Action], *, ahead: bool = Fa
     worker = state.workers[number]
     if len(worker.queue) >= MAX_QUEUED or state.num_pending < (state.max_workers if ahead else 1):
         return state
+    if worker.has_obsolete:
+        return state
     model = _choose_model(state, worker)
     if model is None:
         return state
     shard, queue = _next_shard(state, state.model_queues[model])
     if ahead and state.strikes and (shard in state.strikes or worker.queue[0] in state.strikes):
         return state
-    limit = state.batch_limits.get((worker.node_kind, state.range_of(shard).request), 0)
-    actions.append(Assign(number, shard, state.attempts.get(shard, 1), limit))
-    assigned = worker._replace(queue=(*worker.queue, shard), model=model)
+    model_queues = {**state.model_queues, model: queue}
+    state = state._replace(model_queues=model_queues, num_pending=state.num_pending - 1)
+    return give(state, number, shard, actions)
+
+
+def give(state: State, number: int, shard: int, actions: list[Action], *, is_second: bool = False) -> State:
+    """Queue a shard on a worker; its current attempt is the one to make.
+
+    Args:
+        is_second: whether another worker has the shard in flight.
+    """
+    worker, place = state.workers[number], state.range_of(shard)
+    limit = state.batch_limits.get((worker.node_kind, place.request), 0)
+    actions.append(Assign(number, shard, state.attempts.get(shard, 1), limit, is_second))
+    assigned = worker._replace(queue=(*worker.queue, shard), model=place.model)
     if limit:
         assigned = assigned._replace(given_limits=(*worker.given_limits, (shard, limit)))
     if not worker.queue:
@@ -91,8 +109,7 @@ def assign(state: State, number: int, actions: list[Action], *, ahead: bool = Fa
     return state._replace(
         workers=state.workers.put(number, assigned),
         idle=without(state.idle, number),
-        model_queues=change_holder({**state.model_queues, model: queue}, worker.model, model),
-        num_pending=state.num_pending - 1,
+        model_queues=change_holder(state.model_queues, worker.model, place.model),
     )
 
 

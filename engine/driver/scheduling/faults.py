@@ -18,8 +18,13 @@ def is_job_fault(state: State, event: ShardError) -> bool:
 
 
 def add_strikes(state: State, shards: tuple[int, ...], message: str, actions: list[Action]) -> State:
-    """Attribute one fault to shards that were in flight; quarantine those that reach the limit of strikes."""
+    """Attribute one fault to shards that were in flight; quarantine those that reach the limit of strikes.
+
+    A shard that another worker still has in flight gets none: if that fails as well, the two have one cause.
+    """
     for shard in shards:
+        if shard in state.rivals:
+            continue
         reasons = (*state.strikes.get(shard, ()), message)
         state = state._replace(strikes=state.strikes.put(shard, reasons))
         if len(reasons) >= state.limits.max_strikes:

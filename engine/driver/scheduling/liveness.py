@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from engine.driver.scheduling.faults import add_start_fault, add_strikes
 from engine.driver.scheduling.messages import Action, Replaced, StopWorker
+from engine.driver.scheduling.nodes import note_node_fault, start_of
 from engine.driver.scheduling.state import State, remove_worker
 
 # A driver that misses this many liveness checks was suspended itself.
 LATE_CHECKS = 2
 
 
-def check_liveness(state: State, before: float, actions: list[Action]) -> State:
-    """Replace hanging workers if a check is due.
+def is_check_due(state: State, before: float) -> bool:
+    """Whether workers are to be checked at this tick; not after a pause of the driver itself.
+
+    If it was suspended or blocked by a store, the events that piled up are processed first, once.
 
     Args:
         before: time of the previous tick.
     """
     if state.now < state.next_check:
-        return state
-    if state.next_check > before and state.now - before > LATE_CHECKS * state.limits.check_seconds:
-        # The driver itself was suspended or blocked by a store: process the events that piled up first, once.
-        return state._replace(next_check=state.now)
-    state = state._replace(next_check=state.now + state.limits.check_seconds)
+        return False
+    return state.next_check <= before or state.now - before <= LATE_CHECKS * state.limits.check_seconds
+
+
+def check_liveness(state: State, actions: list[Action]) -> State:
+    """Replace hanging workers."""
     for number, message in _hanging_workers(state):
         if not state.is_over:
             state = _replace_hanging(state, number, message, actions)
@@ -55,6 +59,8 @@ def _replace_hanging(state: State, number: int, message: str, actions: list[Acti
     worker = state.workers[number]
     actions += [StopWorker(number), Replaced(number, message)]
     state = remove_worker(state, number, worker)
+    cause = worker.queue[0] if worker.queue else start_of(number)
+    state = note_node_fault(state, worker, cause, message, actions)
     if worker.queue:
         return add_strikes(state, worker.queue[:1], message, actions)
     return add_start_fault(state, message, actions)

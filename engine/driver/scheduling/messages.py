@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from engine.errors import EXIT_USER
+
+if TYPE_CHECKING:
+    from engine.generation.usage import BatchUsage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +30,11 @@ class SchedulerLimits:
         grace_seconds: how long shards in flight may take to finish after the deadline or a request to stop.
         max_strikes: a shard is quarantined after this many faults.
         max_start_faults: the run is given up when this many workers in a row fail to start while none is ready.
+        max_node_faults: a node is avoided after this many faults in a row, of different shards or starts, if there is
+            another.
+        idle_seconds: how long a worker is kept that waits for the next round of a quota, if loading took no longer.
+        second_attempt_factor: at the end, a shard that takes longer than this many times the usual duration, or that is
+            expected to take that much longer than a fresh attempt, is attempted by another worker too; infinity: never.
     """
 
     limit_factor: float = 10.0
@@ -37,6 +47,9 @@ class SchedulerLimits:
     grace_seconds: float = 60.0
     max_strikes: int = 3
     max_start_faults: int = 3
+    max_node_faults: int = 3
+    idle_seconds: float = 30.0
+    second_attempt_factor: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +65,14 @@ class WorkerPlaced:
 
     Attributes:
         node_kind: type of the machine; machines of one type run out of memory at the same batch size.
+        node: identifies the machine; empty if there is only one.
+        machine: its name, for people; the scheduler does not read it.
     """
 
     worker: int
     node_kind: str
+    node: str = ""
+    machine: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +97,7 @@ class ShardProgress:
         num_done: samples done so far.
         batch_seconds: duration of the last batch, 0 before the first one is done.
         batch_limit: largest batch size that has fitted since memory ran out; 0 for none, or none any more.
+        usage: of the last batch, for people; the scheduler does not read it.
     """
 
     worker: int
@@ -87,6 +105,7 @@ class ShardProgress:
     num_done: int
     batch_seconds: float = 0.0
     batch_limit: int = 0
+    usage: BatchUsage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +182,19 @@ class PlanGrown:
 
 
 @dataclass(frozen=True, slots=True)
+class CapacityChanged:
+    """The machines have room for another number of workers.
+
+    Attributes:
+        num_workers: workers at a time; at least one is always asked for.
+        nodes: the machines that have room for a worker, those to avoid included.
+    """
+
+    num_workers: int
+    nodes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Drain:
     """Start no more shards; those in flight may finish within `SchedulerLimits.grace_seconds`."""
 
@@ -187,12 +219,14 @@ class Assign:
 
     Attributes:
         batch_limit: largest batch size known to fit machines of this type; 0 for no limit.
+        is_second: whether another worker has the shard in flight; the first one that has sampled it goes on.
     """
 
     worker: int
     shard: int
     attempt: int
     batch_limit: int = 0
+    is_second: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +235,18 @@ class Replaced:
 
     worker: int
     message: str
+
+
+@dataclass(frozen=True, slots=True)
+class AvoidNodes:
+    """Start no worker on these machines; replaces what was to be avoided before.
+
+    Attributes:
+        message: why there is one more; empty if there is not.
+    """
+
+    nodes: tuple[str, ...]
+    message: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,5 +283,5 @@ class Abort:
 WorkerEvent = (
     WorkerPlaced | WorkerActive | WorkerReady | ShardProgress | ShardSampled | ShardDone | ShardError | WorkerLost
 )
-Event = WorkerEvent | Tick | UserFault | PlanGrown | Drain
-Action = StartWorker | StopWorker | Assign | Replaced | Quarantine | Finished | Drained | Abort
+Event = WorkerEvent | Tick | UserFault | PlanGrown | CapacityChanged | Drain
+Action = StartWorker | StopWorker | Assign | Replaced | AvoidNodes | Quarantine | Finished | Drained | Abort

@@ -11,10 +11,12 @@ import math
 from collections.abc import Iterable
 
 from engine.driver.scheduling.dispatch import assign, settle
+from engine.driver.scheduling.endgame import end_rivals, wind_down
 from engine.driver.scheduling.faults import abort, add_start_fault, add_strikes, is_job_fault
-from engine.driver.scheduling.liveness import check_liveness
+from engine.driver.scheduling.liveness import check_liveness, is_check_due
 from engine.driver.scheduling.messages import (
     Action,
+    CapacityChanged,
     Drain,
     Event,
     PlanGrown,
@@ -33,7 +35,11 @@ from engine.driver.scheduling.messages import (
     WorkerPlaced,
     WorkerReady,
 )
+from engine.driver.scheduling.nodes import follow_capacity, note_node_fault, note_node_success, start_of
 from engine.driver.scheduling.state import State, Step, WorkerState, grow, inserted, remove_worker, without
+
+# Of the last shard, in the moving average of durations.
+AVERAGE_WEIGHT = 0.1
 
 
 def start(
@@ -50,7 +56,7 @@ def start(
 
     Args:
         skipped: a flag for each shard of the plan, nonzero if it is committed or in quarantine already.
-        max_workers: workers at a time.
+        max_workers: workers at a time, until `CapacityChanged` reports another number.
         ranges: the plan's shard ranges; a single one if not given.
         is_final: whether no shards will be added.
         proven: requests of which shards with images are committed already.
@@ -78,6 +84,9 @@ def step(state: State, event: Event) -> Step:
     if isinstance(event, PlanGrown):
         num_shards = sum(part.num_shards for part in event.ranges)
         return settle(grow(state, event.ranges, bytes(num_shards))._replace(is_final=event.is_final), [])
+    if isinstance(event, CapacityChanged):
+        actions: list[Action] = []
+        return settle(follow_capacity(state, event, actions), actions)
     if isinstance(event, Drain):
         return settle(_drain(state), [])
     if isinstance(event, UserFault):
@@ -92,10 +101,9 @@ def _on_worker_event(state: State, event: WorkerEvent, worker: WorkerState) -> S
     if isinstance(event, ShardProgress):
         return _on_progress(state, event, worker), []
     if isinstance(event, ShardSampled):
-        return _on_sampled(state, event, worker), []
+        return _on_sampled(state, event, worker)
     if isinstance(event, WorkerPlaced):
-        placed = worker._replace(is_placed=True, node_kind=event.node_kind, last_heartbeat=state.now)
-        return state._replace(workers=state.workers.put(event.worker, placed)), []
+        return _on_placed(state, event, worker), []
     if isinstance(event, WorkerActive):
         return _on_active(state, event.worker, worker), []
     if isinstance(event, WorkerReady):
@@ -112,7 +120,11 @@ def _on_tick(state: State, now: float) -> Step:
     if deadline is not None and state.now >= deadline:
         state = _drain(state)
     actions: list[Action] = []
-    state = check_liveness(state, before, actions)
+    if is_check_due(state, before):
+        state = check_liveness(state._replace(next_check=state.now + state.limits.check_seconds), actions)
+        state = state if state.is_over else wind_down(state, actions)
+    elif state.now >= state.next_check:
+        state = state._replace(next_check=state.now)
     return (state, actions) if state.is_over else settle(state, actions)
 
 
@@ -122,12 +134,21 @@ def _drain(state: State) -> State:
     return state._replace(drain_until=state.now + state.limits.grace_seconds)
 
 
+def _on_placed(state: State, event: WorkerPlaced, worker: WorkerState) -> State:
+    placed = worker._replace(
+        is_placed=True, node=event.node, node_kind=event.node_kind, last_heartbeat=state.now, started_at=state.now
+    )
+    return state._replace(workers=state.workers.put(event.worker, placed))
+
+
 def _on_ready(state: State, number: int, worker: WorkerState) -> Step:
     if worker.is_ready:
         return state, []
     ready = worker._replace(is_ready=True, is_placed=True, last_heartbeat=state.now)
     state = state._replace(
         workers=state.workers.put(number, ready),
+        num_starting=state.num_starting - 1,
+        load_seconds=state.now - worker.started_at if worker.is_placed else state.load_seconds,
         idle=inserted(state.idle, number),
         consecutive_start_faults=0,
         start_after=0.0,
@@ -197,20 +218,33 @@ def _with_limit(state: State, key: tuple[str, int], limit: int) -> State:
     return state._replace(batch_limits=others | ({key: limit} if limit else {}))
 
 
-def _on_sampled(state: State, event: ShardSampled, worker: WorkerState) -> State:
-    """The next shard of the queue has started."""
-    if event.shard not in worker.queue[worker.num_sampled :]:
-        return state
-    sampled = worker._replace(num_sampled=worker.queue.index(event.shard) + 1, last_heartbeat=state.now)
-    return state._replace(workers=state.workers.put(event.worker, sampled))
+def _on_sampled(state: State, event: ShardSampled, worker: WorkerState) -> Step:
+    """The next shard of the queue has started. Another attempt at the sampled one ends, unless it is written already.
+
+    So two workers hardly ever publish the files of a shard at the same time.
+    """
+    shard = event.shard
+    if shard not in worker.queue[worker.num_sampled :]:
+        return state, []
+    sampled = worker._replace(num_sampled=worker.queue.index(shard) + 1, last_heartbeat=state.now)
+    state = state._replace(workers=state.workers.put(event.worker, sampled))
+    others = [state.workers[number] for number in without(state.rivals.get(shard, ()), event.worker)]
+    if not others or any(shard in other.queue[: other.num_sampled] for other in others):
+        return state, []
+    actions: list[Action] = []
+    return settle(end_rivals(state, event.worker, shard, actions), actions)
 
 
 def _on_done(state: State, number: int, worker: WorkerState, shard: int) -> Step:
     if shard not in worker.queue:
         return state, []
-    state = _note_shard_seconds(state, worker, shard)
+    actions: list[Action] = []
+    state = note_node_success(end_rivals(state, number, shard, actions), worker.node, actions)
+    state, slowness = _note_shard_seconds(state, worker, shard)
     queue, num_sampled = without(worker.queue, shard), max(0, worker.num_sampled - 1)
-    rest = worker._replace(queue=queue, num_sampled=num_sampled, last_heartbeat=state.now, started_at=state.now)
+    rest = worker._replace(
+        queue=queue, num_sampled=num_sampled, last_heartbeat=state.now, started_at=state.now, slowness=slowness
+    )
     state = state._replace(
         workers=state.workers.put(number, rest),
         idle=state.idle if queue else inserted(state.idle, number),
@@ -218,22 +252,31 @@ def _on_done(state: State, number: int, worker: WorkerState, shard: int) -> Step
         consecutive_faults=0,
         attempts=state.attempts.drop(shard),
         strikes=state.strikes.drop(shard),
+        rivals=state.rivals.drop(shard),
     )
-    actions: list[Action] = []
-    if state.drain_until is not None:
+    if state.drain_until is not None or (rest.has_obsolete and not queue):
         # The shard that is queued behind comes back, too.
         actions.append(StopWorker(number))
-        state = remove_worker(state, number, state.workers[number], was_interrupted=False)
+        state = remove_worker(state, number, rest, was_interrupted=False)
     elif queue:
         state = assign(state, number, actions, ahead=True)
     return settle(state, actions)
 
 
-def _note_shard_seconds(state: State, worker: WorkerState, shard: int) -> State:
+def _note_shard_seconds(state: State, worker: WorkerState, shard: int) -> tuple[State, float]:
+    """Remember how long a shard took; also the slowness of its worker."""
+    if shard != worker.queue[0]:
+        return state, worker.slowness
     request, seconds = state.range_of(shard).request, state.now - worker.started_at
-    if shard != worker.queue[0] or seconds <= state.shard_seconds.get(request, 0.0):
-        return state
-    return state._replace(shard_seconds={**state.shard_seconds, request: seconds})
+    if seconds > state.shard_seconds.get(request, 0.0):
+        state = state._replace(shard_seconds={**state.shard_seconds, request: seconds})
+    if shard in state.attempts:
+        # An earlier attempt may have committed it.
+        return state, worker.slowness
+    usual = state.usual_seconds.get(request, seconds)
+    average = usual + AVERAGE_WEIGHT * (seconds - usual)
+    state = state._replace(usual_seconds={**state.usual_seconds, request: average})
+    return state, seconds / usual if usual else 1.0
 
 
 def _on_error(state: State, event: ShardError, worker: WorkerState) -> Step:
@@ -243,7 +286,8 @@ def _on_error(state: State, event: ShardError, worker: WorkerState) -> Step:
     if is_job_fault(state, event):
         return abort(state, event.message, user_fault=True)
     actions: list[Action] = [StopWorker(event.worker)]
-    state = add_strikes(remove_worker(state, event.worker, worker), (event.shard,), event.message, actions)
+    state = note_node_fault(remove_worker(state, event.worker, worker), worker, event.shard, event.message, actions)
+    state = add_strikes(state, (event.shard,), event.message, actions)
     return (state, actions) if state.is_over else settle(state, actions)
 
 
@@ -251,6 +295,8 @@ def _on_lost(state: State, event: WorkerLost, worker: WorkerState) -> Step:
     actions: list[Action] = []
     state = remove_worker(state, event.worker, worker)
     if not event.node_lost:
+        cause = worker.queue[0] if worker.queue else start_of(event.worker)
+        state = note_node_fault(state, worker, cause, event.message, actions)
         if worker.queue:
             state = add_strikes(state, worker.in_flight, event.message, actions)
         elif not worker.is_ready:

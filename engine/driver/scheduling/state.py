@@ -23,8 +23,11 @@ class WorkerState(NamedTuple):
     Attributes:
         num_sampled: shards at the head of its queue that are only being written; the one behind them is being sampled.
         model: the model it used last.
+        node, node_kind: its machine, and the type of that.
         last_heartbeat: time of its last heartbeat: placed, ready, progress in the shard in flight, or active.
-        started_at: time when the shard in flight was started.
+        started_at: time when the shard in flight was started; before the first one, when it was placed.
+        slowness: duration of its last shard, as a multiple of the usual one.
+        has_obsolete: whether its process has a shard queued that another worker has finished.
         given_limits: (shard, limit of batch sizes) of what it was assigned with a limit and has not reported on since.
         reported_limits: the last limit that it reported, by request; 0 for none.
     """
@@ -34,9 +37,12 @@ class WorkerState(NamedTuple):
     queue: tuple[int, ...] = ()
     num_sampled: int = 0
     model: int = NO_MODEL
+    node: str = ""
     node_kind: str = ""
     last_heartbeat: float = 0.0
     started_at: float = 0.0
+    slowness: float = 1.0
+    has_obsolete: bool = False
     given_limits: tuple[tuple[int, int], ...] = ()
     reported_limits: Mapping[int, int] = {}
 
@@ -75,6 +81,7 @@ class State(NamedTuple):
 
     Attributes:
         skipped: a flag for each shard, nonzero if it was committed or in quarantine before the run.
+        max_workers: workers at a time, which follows the number that the machines have room for.
         is_final: whether no more shards will be planned.
         ranges, range_starts: the plan's shard ranges, and the first shard of each.
         model_queues: pending shards by model.
@@ -82,14 +89,21 @@ class State(NamedTuple):
         num_pending: shards that wait for a worker.
         attempts: the next (or current) attempt of shards that were in flight before; any other's is its first.
         strikes: reasons of the faults attributed to a shard.
+        rivals: workers that hold a shard of which a second attempt was started: one of them once the other is gone.
+        num_starting: workers that are not ready yet.
         idle: ready workers without a shard, lowest first.
         batch_seconds: slowest batch, by request.
         shard_seconds: slowest shard, by request.
+        usual_seconds: moving average of the duration of shards, by request.
+        load_seconds: how long the last worker took to load its models.
         proven: requests of which shards were committed before the run.
         batch_limits: largest batch size that fits, by type of node and request, absent without a limit.
         consecutive_faults: faults in shards since one was last finished.
         consecutive_start_faults: workers that failed to start since one was last ready.
         start_after: no worker is started before this time.
+        nodes: machines with room for a worker, if there are several.
+        node_faults: what failed on a machine since a shard was finished there: shards, and -1 - n for worker n.
+        avoided: machines on which no worker is started.
         drain_until: end of the grace period of shards in flight; None while the run is not draining.
     """
 
@@ -104,16 +118,23 @@ class State(NamedTuple):
     num_pending: int = 0
     attempts: PersistentMap[int] = PersistentMap()
     strikes: PersistentMap[tuple[str, ...]] = PersistentMap()
+    rivals: PersistentMap[tuple[int, ...]] = PersistentMap()
     workers: PersistentMap[WorkerState] = PersistentMap()
+    num_starting: int = 0
     idle: tuple[int, ...] = ()
     next_worker: int = 0
     batch_seconds: Mapping[int, float] = {}
     shard_seconds: Mapping[int, float] = {}
+    usual_seconds: Mapping[int, float] = {}
+    load_seconds: float = 0.0
     proven: frozenset[int] = frozenset()
     batch_limits: Mapping[tuple[str, int], int] = {}
     consecutive_faults: int = 0
     consecutive_start_faults: int = 0
     start_after: float = 0.0
+    nodes: tuple[str, ...] = ()
+    node_faults: Mapping[str, frozenset[int]] = {}
+    avoided: frozenset[str] = frozenset()
     now: float = 0.0
     next_check: float = 0.0
     drain_until: float | None = None
@@ -151,23 +172,31 @@ def grow(state: State, ranges: tuple[ShardRange, ...], skipped: bytes) -> State:
 
 
 def remove_worker(state: State, number: int, worker: WorkerState, *, was_interrupted: bool = True) -> State:
-    """Remove a worker and return its shards to their queues.
+    """Remove a worker and return its shards to their queues, but those that another worker has in flight, too.
 
     Args:
         was_interrupted: whether shards of its queue were in flight, so that their next try is another attempt.
     """
-    queues, attempts = change_holder(state.model_queues, worker.model, NO_MODEL), state.attempts
+    queues, attempts, rivals = change_holder(state.model_queues, worker.model, NO_MODEL), state.attempts, state.rivals
+    returned = []
     for shard in worker.queue:
+        if others := without(rivals.get(shard, ()), number):
+            rivals = rivals.put(shard, others)
+            continue
         model = state.range_of(shard).model
         queues = {**queues, model: queues[model]._replace(returned=inserted(queues[model].returned, shard))}
-    for shard in worker.in_flight if was_interrupted else ():
-        attempts = attempts.put(shard, attempts.get(shard, 1) + 1)
+        rivals = rivals.drop(shard)
+        returned.append(shard)
+        if was_interrupted and shard in worker.in_flight:
+            attempts = attempts.put(shard, attempts.get(shard, 1) + 1)
     return state._replace(
         workers=state.workers.drop(number),
+        num_starting=state.num_starting - (not worker.is_ready),
         idle=without(state.idle, number),
         model_queues=queues,
-        num_pending=state.num_pending + len(worker.queue),
+        num_pending=state.num_pending + len(returned),
         attempts=attempts,
+        rivals=rivals,
     )
 
 
