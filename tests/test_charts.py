@@ -48,7 +48,7 @@ def rows_of(requests: list[str], **numbers: Any) -> Rows:
     status = numbers.pop("status", whole)
     return Rows(
         request=Categories(codes, names), class_name=whole, status=status, context=whole, worker=whole,
-        label_valid=np.full(size, -1.0), guided=[False] * len(names),
+        label_valid=np.full(size, -1.0), weights=np.ones(size, dtype=int), guided=[False] * len(names),
         numbers={name: np.array(values) for name, values in numbers.items()}, subsets=subsets, **masks,
     )  # fmt: skip
 

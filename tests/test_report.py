@@ -38,11 +38,12 @@ from engine.job.plan import Plan, SampleSpec, build_plan
 from engine.job.records import SampleResult, failed_record, new_record
 from engine.job.spec import JobSpec
 from engine.report.charts import NUM_BINS, make_axis
-from engine.report.data import make_rows, read_table
+from engine.report.data import make_rows
 from engine.report.gallery import IMAGE_BUDGET_BYTES, MAX_SAMPLES, select, thumbnail
 from engine.report.headline import summary_table
 from engine.report.partners import partner_table
 from engine.report.render import render, write_report
+from engine.report.row_sums import RowSums
 from engine.report.scatter import MAX_POINTS
 from engine.report.text import clip, joined, number, percent, signed
 from engine.report.work import acceptance_table, gradient_table, throughput_table
@@ -343,7 +344,7 @@ def big_table(store: Store, num_rows: int, requests: int = 1) -> Any:
     """The metadata of a run repeated to many rows with other scores, request names dealt out in blocks."""
     import pyarrow as pa
 
-    table = read_table(store.path(METADATA))
+    table = pyarrow.parquet.read_table(store.path(METADATA))
     rng = np.random.default_rng(0)
     table = table.take(pa.array(np.arange(num_rows) % len(table)))
     names = pa.array([f"request-{place * requests // num_rows}" for place in range(num_rows)])
@@ -372,7 +373,7 @@ def change_columns(store: Store, columns: dict[str, Callable[[np.ndarray], Any]]
     """The table of a run with other values in some columns."""
     import pyarrow as pa
 
-    table = read_table(store.path(METADATA))
+    table = pyarrow.parquet.read_table(store.path(METADATA))
     for name, change in columns.items():
         values = pa.array(change(table[name].to_numpy(zero_copy_only=False)))
         table = table.set_column(table.schema.get_field_index(name), name, values)
@@ -387,7 +388,7 @@ def cells_of(table: Any) -> dict[str, list[tuple[str, str]]]:
 def test_samples_are_held_against_their_prompt_only_partners(run: Store) -> None:
     """Pairs of equal seed and context, scored on both sides: what share lies above, and the median change."""
     job = json.loads(run.read("manifest.json"))["job"]
-    cells = cells_of(partner_table(make_rows(read_table(run.path(METADATA))), job["requests"]))
+    cells = cells_of(partner_table(make_rows(pyarrow.parquet.read_table(run.path(METADATA))), job["requests"]))
     assert list(cells) == ["between"]
     sides: dict[str, dict[int, float]] = {"between": {}, "between-plain": {}}
     for row in read_metadata(run):
@@ -405,7 +406,10 @@ def test_partners_with_other_contexts_are_none(tmp_path: Path) -> None:
     plain = {"name": "plain", "method": "prompt", "classes": ["three"], "count": 4, "contexts": ["red"]}
     guided = plain | {"name": "guided", "method": "risky", "seed_group": "plain", "contexts": ["blue"]}
     store = make_run(tmp_path / "run", [plain, guided])
-    rows, requests = make_rows(read_table(store.path(METADATA))), make_job([plain, guided], tmp_path).requests
+    rows, requests = (
+        make_rows(pyarrow.parquet.read_table(store.path(METADATA))),
+        make_job([plain, guided], tmp_path).requests,
+    )
     data = [one.model_dump(mode="json") for one in requests]
     assert partner_table(rows, data) is None and partner_table(rows, data[1:]) is None
 
@@ -446,7 +450,7 @@ def test_acceptance_adds_up(tmp_path: Path) -> None:
     kept = int((~failed & ~rejected).sum())
     assert values["all"] == [20, kept, int(rejected.sum()), int(failed.sum()), 1, 18, 4]
     assert [sum(one) for one in zip(values["three"], values["eight"], strict=True)] == values["all"]
-    assert acceptance_table(make_rows(read_table(store.path(METADATA))), {}) is None
+    assert acceptance_table(make_rows(pyarrow.parquet.read_table(store.path(METADATA))), {}) is None
 
 
 def test_gradients_and_speed_are_counted(run: Store) -> None:
@@ -462,14 +466,16 @@ def test_gradients_and_speed_are_counted(run: Store) -> None:
             "worker": lambda old: ["a" if place % 2 else "b" for place in range(size)],
         },
     )
-    rows = make_rows(table)
-    gradients = cells_of(gradient_table(rows))
+    sums = RowSums()
+    for half in (table.slice(0, 9), table.slice(9)):
+        sums.add(half)
+    gradients = cells_of(gradient_table(sums.steps))
     scored = [row["status"] == "ok" for row in read_metadata(run)][:24]
     assert list(gradients) == ["between"]
     assert gradients["between"][0][0] == str(sum(scored))
     assert gradients["between"][2][1] == f"{sum(scored[:6])} samples at every step"
     assert gradients["between"][3] == (percent(2 * scored[7] / (8 * sum(scored))), f"{int(scored[7])} samples")
-    speed = cells_of(throughput_table(rows))
+    speed = cells_of(throughput_table(sums.speeds, sums.texts))
     assert speed["worker a"][-1][0] == "10.00" and speed["worker b"][-1][0] == "3.33"
     assert speed["all workers"][0][0] == str(size)
 
@@ -558,9 +564,8 @@ def tiles_of(document: str) -> list[str]:
 
 
 def read_metadata(store: Store) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq
 
-    return pq.read_table(store.path(METADATA)).to_pylist()
+    return pyarrow.parquet.read_table(store.path(METADATA)).to_pylist()
 
 
 def base64_of(page: str, key: str) -> bytes:

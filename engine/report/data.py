@@ -1,10 +1,13 @@
 """What the report shows, gathered from a run's `manifest.json` and `metadata.parquet`.
 
-The metadata is read by columns; whole rows are read only for the samples that are shown.
+The metadata is read by columns: all rows once for what is counted (`row_sums`), and some rows for charts and gallery.
+Whole rows are read only for the samples that are shown.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.data.run.outcomes import errors, joint_rows, label_validity, oracle_agreement, scored_rows
-from engine.data.run.schema import check_rows
-from engine.data.run.summary import SUMMARY_COLUMNS
-from engine.data.stores.file_errors import shown_path
+from engine.data.run.some_rows import chosen_rows, shares_of
+from engine.data.run.summary import SUMMARY_COLUMNS, read_tables
 from engine.job.columns import (
     BY_NAME,
     NO_CLASS,
@@ -32,9 +34,11 @@ from engine.report.text import joined, many
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
     from pyarrow.dataset import Dataset, Expression
 
-_TEXTS = ["request", "method", "context", "class_name", "status", "worker"]
+TEXTS = ("request", "method", "context", "class_name", "status", "worker")
+_CATEGORIES = ("request", "class_name", "status", "context", "worker")
 _NUMBERS = (
     "class_index", "predicted_class", "oracle_class", "is_error", "accepted", "surplus", "seed", "guided_steps",
     "zero_gradients", "nonfinite_gradients", "duration_seconds", "batch_size",
@@ -43,9 +47,13 @@ _NUMBERS = (
 MAX_CONFUSION_CLASSES = 50
 MAX_PAIRS = 25
 MAX_MESSAGES = 10
+MAX_DISTINCT_MESSAGES = 20_000
 MAX_SUBSET = 8
 # With more requests, confusions are those of all that are guided, and of all that are not.
 MAX_CONFUSIONS = 6
+# Rows of a run, about, that charts and gallery are made of; figures are of all.
+MAX_ROWS = 50_000
+_ROWS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +81,7 @@ class Rows:
         label_valid: 1.0 where the label is valid by the name `label_is_valid`, 0.0 where not, -1.0 where unknown.
         guided: for each request whether its samples were guided.
         subsets: for each request the classes of its joint prompt; empty where it has one class a sample.
+        weights: how many rows of the run each row stands for.
     """
 
     request: Categories
@@ -87,6 +96,15 @@ class Rows:
     label_valid: np.ndarray
     guided: list[bool]
     subsets: list[tuple[int, ...]]
+    weights: np.ndarray
+
+    def count(self, which: np.ndarray) -> int:
+        """How many rows of the run some rows stand for.
+
+        Args:
+            which: flags, [N].
+        """
+        return int(self.weights[which].sum())
 
     def __len__(self) -> int:
         return len(self.request.codes)
@@ -108,29 +126,95 @@ class Rows:
         return self.numbers[score][self.scored & (self.request.codes == request)]
 
 
+class KnownTexts:
+    """The distinct texts of columns over several tables, and what is known of requests, in order of appearance.
+
+    Attributes:
+        names: texts by column, in the order of their codes.
+        guided, subsets: of each request, as in `Rows`.
+    """
+
+    def __init__(self) -> None:
+        self.names: dict[str, list[str]] = {name: [] for name in _CATEGORIES}
+        self._codes: dict[str, dict[str, int]] = {name: {} for name in _CATEGORIES}
+        self.guided: list[bool] = []
+        self.subsets: list[tuple[int, ...]] = []
+
+    def categories(self, name: str, column: pa.ChunkedArray) -> Categories:
+        """A column of the next table."""
+        encoded = column.combine_chunks().dictionary_encode()
+        used, first, places = np.unique(encoded.indices.to_numpy(), return_index=True, return_inverse=True)
+        texts, known, numbers = encoded.dictionary.to_pylist(), self._codes[name], np.zeros(len(used), dtype=np.int64)
+        for place in np.argsort(first):
+            text = texts[used[place]]
+            if text not in known:
+                known[text] = len(known)
+                self.names[name].append(text)
+            numbers[place] = known[text]
+        return Categories(numbers[places], self.names[name])
+
+    def note_requests(self, table: pa.Table, request: Categories, joint: np.ndarray) -> None:
+        """Take what rows say of their requests: the method of the first, and the classes of the first joint prompt.
+
+        Args:
+            joint: whether a row is a scored one of a joint prompt.
+        """
+        codes, first = np.unique(request.codes, return_index=True)
+        for code, method in zip(codes.tolist(), table["method"].take(first).to_pylist(), strict=True):
+            if code == len(self.guided):
+                self.guided.append(is_guided(method))
+                self.subsets.append(())
+        codes, first = np.unique(request.codes[joint], return_index=True)
+        rows = np.flatnonzero(joint)[first]
+        for code, classes in zip(codes.tolist(), table["kldb_classes"].take(rows).to_pylist(), strict=True):
+            self.subsets[code] = self.subsets[code] or tuple(classes)
+
+
 def open_metadata(path: Path) -> Dataset:
     """The metadata of a run, a file or a folder of parts, for reading some rows or columns of it."""
     import pyarrow.dataset
 
-    return pyarrow.dataset.dataset(path, format="parquet")
+    return pyarrow.dataset.dataset(path, format="parquet", partitioning=None)
 
 
-def read_table(path: Path) -> pa.Table:
-    """The columns of every attempt that tables and charts are made of."""
-    import pyarrow.parquet as pq
-
-    names = dict.fromkeys([*_TEXTS, *_NUMBERS, *SUMMARY_COLUMNS, *PAIR_COLUMNS])
-    columns = stored_names(names, open_metadata(path).schema.names)
-    table = pq.read_table(path, columns=columns, read_dictionary=_TEXTS)
-    check_rows(table, shown_path(path))
-    return table
+def columns_of(path: Path) -> list[str]:
+    """The columns of a run that tables and charts are made of."""
+    names = dict.fromkeys([*TEXTS, *_NUMBERS, *SUMMARY_COLUMNS, *PAIR_COLUMNS])
+    return stored_names(names, open_metadata(path).schema.names)
 
 
-def make_rows(table: pa.Table) -> Rows:
-    """The rows of a table that `read_table` gave."""
-    texts = {name: _categories(table.column(name)) for name in ("request", "class_name", "status", "context", "worker")}
+def read_some(path: Path, per_request: Mapping[str, int], max_rows: int = MAX_ROWS) -> tuple[pa.Table, np.ndarray]:
+    """The columns of rows that charts and gallery are made of, and their row numbers in the run.
+
+    All rows, or of a run with more than `max_rows` of each request about equally many, chosen by their seeds: evenly,
+    and together with those that began with the same noise.
+
+    Args:
+        per_request: rows of each request.
+    """
+    import pyarrow as pa
+
+    shares = shares_of(per_request, max_rows)
+    tables, places, start = [], [np.array([], dtype=np.int64)], 0
+    for table in read_tables(path, columns_of(path), texts=TEXTS):
+        kept = chosen_rows(table, shares)
+        tables.append(table.take(kept) if len(kept) < len(table) else table)
+        places.append(start + kept)
+        start += len(table)
+    return pa.concat_tables(tables).unify_dictionaries(), np.concatenate(places)
+
+
+def make_rows(table: pa.Table, known: KnownTexts | None = None) -> Rows:
+    """The rows of a table with `columns_of` a run.
+
+    Args:
+        known: texts of the tables before, which those of this one are added to.
+    """
+    known = known or KnownTexts()
+    texts = {name: known.categories(name, table.column(name)) for name in _CATEGORIES}
     numbers = {name: table.column(name).to_numpy() for name in stored_names(_NUMBERS, table.column_names)}
     scored = scored_rows(table)
+    known.note_requests(table, texts["request"], scored & joint_rows(table))
     return Rows(
         **texts,
         numbers=numbers,
@@ -138,36 +222,10 @@ def make_rows(table: pa.Table) -> Rows:
         target_errs=errors(table),
         oracle_agrees=oracle_agreement(table) > 0,
         label_valid=label_validity(table),
-        guided=_guided(table, texts["request"]),
-        subsets=_subsets(table, texts["request"], scored & joint_rows(table)),
+        guided=known.guided,
+        subsets=known.subsets,
+        weights=np.ones(table.num_rows, dtype=np.int64),
     )
-
-
-def _categories(column: pa.ChunkedArray) -> Categories:
-    encoded = column.combine_chunks().dictionary_encode()
-    used, first, codes = np.unique(encoded.indices.to_numpy(), return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    names = encoded.dictionary.to_pylist()
-    return Categories(np.argsort(order)[codes], [names[used[place]] for place in order])
-
-
-def _guided(table: pa.Table, request: Categories) -> list[bool]:
-    """For each request whether its method guides, by its first row."""
-    _, first = np.unique(request.codes, return_index=True)
-    return [is_guided(name) for name in table["method"].take(first).to_pylist()]
-
-
-def _subsets(table: pa.Table, request: Categories, joint: np.ndarray) -> list[tuple[int, ...]]:
-    """The classes of each request with a joint prompt, from its first scored sample; a request has one subset.
-
-    Args:
-        joint: whether a row is a scored one of a joint prompt.
-    """
-    subsets: list[tuple[int, ...]] = []
-    for code in range(len(request.names)):
-        first = np.flatnonzero((request.codes == code) & joint)[:1]
-        subsets += [tuple(classes) for classes in table["kldb_classes"].take(first).to_pylist()] or [()]
-    return subsets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,7 +308,7 @@ def confusion(rows: Rows, names: dict[int, str], among: np.ndarray) -> Confusion
         return None
     lines = []
     for name, classes, here in conditioned(rows, names, among)[: 2 * MAX_CONFUSION_CLASSES]:
-        counts = [int(np.count_nonzero(predicted[here] == column)) for column in columns]
+        counts = [rows.count(here & (predicted == column)) for column in columns]
         lines.append((name, counts, frozenset(place for place, column in enumerate(columns) if column in classes)))
     return Confusion(columns=[name_of(index, names) for index in columns], rows=lines)
 
@@ -264,7 +322,8 @@ def error_pairs(rows: Rows, names: dict[int, str], among: np.ndarray) -> list[tu
     of_subset = numbers[rows.request.codes]
     asked = np.where(of_subset < 0, of_subset, rows.numbers["class_index"])
     pairs = np.stack([asked[wrong], rows.numbers["predicted_class"][wrong]], axis=1)
-    unique, counts = np.unique(pairs, axis=0, return_counts=True)
+    unique, places = np.unique(pairs, axis=0, return_inverse=True)
+    counts = np.bincount(places.ravel(), rows.weights[wrong])
     order = np.lexsort((unique[:, 1], unique[:, 0], -counts))[:MAX_PAIRS]
     return [
         (
@@ -284,22 +343,51 @@ def failures(metadata: Dataset, among: Expression | None = None) -> list[tuple[s
         among: which samples; all where not given.
     """
     import pyarrow.compute as pc
+    import pyarrow.dataset
 
     is_failed = pc.field("status") == STATUS_FAILED
-    table = metadata.to_table(columns=["error_message"], filter=is_failed if among is None else is_failed & among)
-    counted = sorted(
-        ((entry["values"], entry["counts"]) for entry in pc.value_counts(table.column("error_message")).to_pylist()),
-        key=lambda pair: (-pair[1], pair[0]),
-    )
-    return counted[:MAX_MESSAGES]
+    scanner = metadata.scanner(
+        columns=["error_message"], filter=is_failed if among is None else is_failed & among, batch_readahead=1,
+        fragment_readahead=1, fragment_scan_options=pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False),
+    )  # fmt: skip
+    counts: Counter[str] = Counter()
+    for batch in scanner.to_batches():
+        for entry in pc.value_counts(batch.column(0)).to_pylist():
+            counts[entry["values"]] += entry["counts"]
+        if len(counts) > MAX_DISTINCT_MESSAGES:
+            # Rare ones may be counted too low by what was dropped before.
+            counts = Counter(dict(counts.most_common(MAX_DISTINCT_MESSAGES // 2)))
+    return sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:MAX_MESSAGES]
 
 
-def read_samples(metadata: Dataset, numbers: list[int]) -> list[dict[str, Any]]:
+def read_samples(metadata: Dataset, numbers: Sequence[int]) -> list[dict[str, Any]]:
     """The whole rows of the given numbers, in the given order."""
+    import pyarrow.parquet as pq
+
+    wanted, records, start = np.array(sorted(set(numbers)), dtype=np.int64), dict[int, dict[str, Any]](), 0
+    for path in metadata.files:
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            for group in range(file.num_row_groups):
+                stop = start + file.metadata.row_group(group).num_rows
+                here = wanted[(wanted >= start) & (wanted < stop)]
+                if len(here):
+                    records |= _records(file, group, start, here)
+                start = stop
+    return [records[number] for number in numbers]
+
+
+def _records(file: pq.ParquetFile, group: int, start: int, wanted: np.ndarray) -> dict[int, dict[str, Any]]:
+    """Rows of a row group by number, a few thousand of them in memory at a time."""
+    records: dict[int, dict[str, Any]] = {}
+    for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], use_threads=False):
+        here = wanted[(wanted >= start) & (wanted < start + len(batch))]
+        records |= dict(zip(here.tolist(), batch.take(pa_indices(here - start)).to_pylist(), strict=True))
+        start += len(batch)
+    return records
+
+
+def pa_indices(places: np.ndarray) -> pa.Array:
+    """Row numbers for Arrow."""
     import pyarrow as pa
 
-    if not numbers:
-        return []
-    order = sorted(numbers)
-    records = dict(zip(order, metadata.take(pa.array(order, pa.int64())).to_pylist(), strict=True))
-    return [records[number] for number in numbers]
+    return pa.array(places, pa.int64())

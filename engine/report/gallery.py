@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ NO_CONTEXT = "no context"
 
 
 def select(rows: Rows, limit: int = MAX_SAMPLES) -> list[int]:
-    """Row numbers to show, request by request, each spread over the quantiles of its main score plus its extremes.
+    """Rows to show, request by request, each spread over the quantiles of its main score plus its extremes.
 
     One sample in eight may be one without an image (failed or rejected).
     """
@@ -157,18 +157,19 @@ class Group:
     tiles: list[Tile]
 
 
-def make_groups(rows: Rows, chosen: list[int], tiles: list[Tile]) -> list[Group]:
+def make_groups(rows: Rows, chosen: list[int], tiles: list[Tile], totals: Mapping[str, int]) -> list[Group]:
     """The tiles by request.
 
     Args:
-        chosen: row number of each tile.
+        chosen: row of each tile.
+        totals: samples of each request.
     """
     groups = []
     for code in dict.fromkeys(rows.request.codes[chosen].tolist()):
         some = [tile for row, tile in zip(chosen, tiles, strict=True) if rows.request.codes[row] == code]
-        total = int(np.count_nonzero(rows.request.codes == code))
-        note = f"{len(some):,} of {total:,}, by {rows.main_score(code).label} from high to low"
-        groups.append(Group(rows.request.names[code], note, some))
+        name = rows.request.names[code]
+        note = f"{len(some):,} of {totals[name]:,}, by {rows.main_score(code).label} from high to low"
+        groups.append(Group(name, note, some))
     return groups
 
 

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
-from engine.data.run.summary import GroupSummary, plain_first, shown_entry_scores, shown_scores, summarise_table
+from engine.data.run.summary import GroupSummary, plain_first, shown_entry_scores, shown_scores
 from engine.job.columns import GUIDES, Role, by_rank
 from engine.report.text import ABSENT, clip, number, percent
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 MAX_LINES = 300
 MAX_NAME_CHARS = 400
@@ -58,7 +54,7 @@ def summary_table(groups: list[GroupSummary], totals: list[GroupSummary], max_li
 
     Args:
         groups: per request and context.
-        totals: per request (`request_totals`); prompt-only ones come first.
+        totals: per request; prompt-only ones come first.
         max_lines: beyond this, the contexts with the highest error rates are kept.
     """
     totals = plain_first(totals)
@@ -78,14 +74,6 @@ def summary_table(groups: list[GroupSummary], totals: list[GroupSummary], max_li
         lines += [Line(_context(group), "", False, summary_cells(group, figures)) for group in shown]
     headings = [Heading("Request", "context"), *(figure.heading for figure in figures)]
     return Table(headings, lines, len(totals) + len(parts) - len(lines))
-
-
-def request_totals(table: pa.Table) -> list[GroupSummary]:
-    """The summary per request alone, of a table with the columns of a shard."""
-    import pyarrow as pa
-
-    whole = pa.array([""] * table.num_rows, pa.string())
-    return summarise_table(table.set_column(table.schema.get_field_index("context"), "context", whole))
 
 
 def summary_figures(groups: Sequence[GroupSummary]) -> list[Figure]:

@@ -24,8 +24,14 @@ MAX_SCREENED_CLASSES = 100
 MAX_FACT_CHARS = 400
 
 
-def manifest_context(store: Store, manifest: dict[str, Any], rows: Rows, names: dict[int, str]) -> dict[str, Any]:
+def manifest_context(
+    store: Store, manifest: dict[str, Any], rows: Rows, names: dict[int, str], some: Rows
+) -> dict[str, Any]:
     """What the template needs from the manifest.
+
+    Args:
+        rows: all rows, those that are alike as one.
+        some: the rows that charts are made of.
 
     Raises:
         CorruptShardError: some of it is of another kind than a run writes.
@@ -35,7 +41,7 @@ def manifest_context(store: Store, manifest: dict[str, Any], rows: Rows, names: 
         return {
             "lead": _lead(manifest, rows),
             "figures": _figures(manifest, rows),
-            "partners": partner_table(rows, manifest["job"].get("requests", [])),
+            "partners": partner_table(some, manifest["job"].get("requests", [])),
             "screening": _screening(screening, names),
             "num_screening_left_out": sum(
                 max(0, len(classes) - MAX_SCREENED_CLASSES) for classes in screening.values()
@@ -104,8 +110,8 @@ def _rates(rows: Rows, flags: np.ndarray, among: np.ndarray) -> list[tuple[str, 
     guided = np.array(rows.guided, dtype=bool)[rows.request.codes]
     kinds = [(kind, among & which) for kind, which in (("prompt only", ~guided), ("guided", guided)) if which.any()]
     if len(kinds) < 2:
-        return [(_share(flags, among), "")]
-    return [(_share(flags, which), kind) for kind, which in kinds]
+        return [(_share(rows, flags, among), "")]
+    return [(_share(rows, flags, which), kind) for kind, which in kinds]
 
 
 def _kept(samples: dict[str, int]) -> str:
@@ -114,8 +120,8 @@ def _kept(samples: dict[str, int]) -> str:
     return f"; {rejected:,} were rejected" if rejected else ""
 
 
-def _share(flags: np.ndarray, among: np.ndarray) -> str:
-    return percent(float(flags[among].mean())) if among.any() else ABSENT
+def _share(rows: Rows, flags: np.ndarray, among: np.ndarray) -> str:
+    return percent(rows.count(flags & among) / rows.count(among)) if among.any() else ABSENT
 
 
 def _screening(screening: dict[str, Any], names: dict[int, str]) -> list[dict[str, Any]]:

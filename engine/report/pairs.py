@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engine.data.run.outcomes import predicts_asked
+from engine.data.run.summary import read_tables
 from engine.data.run.twins_table import FoundTwins
 from engine.job.columns import (
     ADVERSARIAL_PSNR_DB,
@@ -90,16 +92,19 @@ class PairSection:
 
 
 class PairColumns:
-    """The columns of starts and twins of all rows.
+    """The columns of starts and twins of rows.
 
     Args:
         table: of the metadata, with the twins that were found.
         rows: the same rows.
+        places: their numbers in the run.
+        metadata: all rows of the run.
     """
 
-    def __init__(self, table: pa.Table, rows: Rows) -> None:
+    def __init__(self, table: pa.Table, rows: Rows, places: np.ndarray, metadata: Path) -> None:
         self.rows = rows
-        self._table = table
+        self._table, self._metadata = table, metadata
+        self.places = places
         self.has_start = self._texts("start_key")
         self.has_twin = self._texts("twin_key")
         self.has_oracle = self.numbers("oracle_class") != NO_CLASS
@@ -133,14 +138,21 @@ class PairColumns:
         part = self._table.filter(pa.array(chosen))
         return ~predicts_asked(part, self.numbers("twin_predicted_class")[chosen]) if len(part) else np.array([])
 
-    def rows_of(self, keys: set[str]) -> dict[int, str]:
-        """Keys by row number."""
+    def placed(self, keys: Mapping[int, str]) -> dict[int, str]:
+        """Keys by their row in the run, of keys by row."""
+        return {int(self.places[row]): key for row, key in keys.items()}
+
+    def places_of(self, keys: set[str]) -> dict[int, str]:
+        """Keys by their row in the run, in which any row may have them."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        wanted = sorted(keys)
-        places = pc.index_in(pa.array(wanted, pa.string()), value_set=self._table["key"].combine_chunks()).to_pylist()
-        return {place: key for place, key in zip(places, wanted, strict=True) if place is not None}
+        found, start, wanted = dict[int, str](), 0, pa.array(sorted(keys), pa.string())
+        for table in read_tables(self._metadata, ["key"]) if keys else ():
+            rows = np.flatnonzero(pc.is_in(table["key"], value_set=wanted).to_numpy())
+            found |= dict(zip((start + rows).tolist(), table["key"].take(rows).to_pylist(), strict=True))
+            start += len(table)
+        return found
 
     def of_twin(self, row: int) -> dict[str, Any]:
         """What a row has of its twin, by column."""
@@ -155,8 +167,14 @@ class PairColumns:
         return np.asarray(pc.not_equal(self._table[name], "").to_numpy(), dtype=bool)
 
 
-def pair_section(columns: PairColumns, manifest: Mapping[str, Any], found: FoundTwins | None) -> PairSection | None:
-    """Sentences and table of all requests with starts or twins; None where none has any."""
+def pair_section(
+    columns: PairColumns, manifest: Mapping[str, Any], found: FoundTwins | None, num_attempts: int
+) -> PairSection | None:
+    """Sentences and table of all requests with starts or twins; None where none has any.
+
+    Args:
+        num_attempts: of the run.
+    """
     rows, verdicts, lines = columns.rows, list[Verdict](), list[Line]()
     for code, name in enumerate(rows.request.names):
         here = columns.has_any & (rows.request.codes == code)
@@ -176,7 +194,7 @@ def pair_section(columns: PairColumns, manifest: Mapping[str, Any], found: Found
         num_verdicts_left_out=len(verdicts[MAX_SENTENCES:]),
         table=_without_absent(Table(headings, lines[:MAX_LINES], len(lines[MAX_LINES:]))),
         clip=_clip_text(manifest, found),
-        stale=_stale(found, len(rows)),
+        stale=_stale(found, num_attempts),
     )
 
 
@@ -289,10 +307,10 @@ def with_tiles(section: PairSection, tiles: list[PairTile], num_chosen: int, num
 
 
 def choose_pairs(columns: PairColumns, shown: Sequence[int], limit: int = MAX_PAIRS) -> list[int]:
-    """Row numbers of the pairs to show, of those in the gallery: of each request some from near to far.
+    """Rows of the pairs to show, of those in the gallery: of each request some from near to far.
 
     Args:
-        shown: row numbers of the gallery's samples.
+        shown: rows of the gallery's samples.
     """
     rows, has_any = columns.rows, columns.has_any
     by_request: dict[int, list[int]] = {}
@@ -314,13 +332,13 @@ def find_others(
     """Image files of starts and twins by the keys of their samples, under `STARTS` and `TWINS`.
 
     Args:
-        records: metadata of the samples by row number, with the twins that were found.
+        records: metadata of the samples by row, with the twins that were found.
     """
-    keys = {row: record["key"] for row, record in records.items()}
+    keys = columns.placed({row: record["key"] for row, record in records.items()})
     twins = shards.find(keys, TWINS)
     # The twin that an evaluation found is another sample; one of its own has the key of its sample.
     others = {record["key"]: str(record.get("twin_key", "")) for record in records.values()}
     others = {key: other for key, other in others.items() if other not in ("", key)}
-    samples = shards.find(columns.rows_of(set(others.values())))
+    samples = shards.find(columns.places_of(set(others.values())))
     found = {key: samples[other] for key, other in others.items() if other in samples}
     return {STARTS: shards.find(keys, STARTS), TWINS: {key: twins[key] for key in twins} | found}

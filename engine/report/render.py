@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from engine.data.reading.people.card import update_card
@@ -24,7 +23,8 @@ from engine.data.run.comparison import Comparison, read_pinned
 from engine.data.run.file_names import METADATA, REPORT, RESCORED_FROM
 from engine.data.run.manifest_reading import check_is_run, manifest_error, read_manifest
 from engine.data.run.origin import find_origin
-from engine.data.run.summary import shown_scores, summarise_table
+from engine.data.run.study_document import StudyDocument, read_study
+from engine.data.run.summary import GroupSummary, shown_scores
 from engine.data.run.twins_table import FoundTwins, read_twins, with_twins
 from engine.data.stores.base import Store
 from engine.errors import CorruptShardError, JobError, OutputError, first_line
@@ -50,7 +50,7 @@ from engine.report.data import (
     names_by_index,
     open_metadata,
     read_samples,
-    read_table,
+    read_some,
     samples_apart,
 )
 from engine.report.evaluated import evaluation_context
@@ -68,20 +68,22 @@ from engine.report.gallery import (
     select,
     sort_titles,
 )
-from engine.report.headline import request_totals, summary_table
+from engine.report.headline import summary_table
 from engine.report.manifest_parts import manifest_context
 from engine.report.nights import SECTION_BUDGET_BYTES, SECTION_SAMPLES, nights_context
 from engine.report.oracle_answers import independent
 from engine.report.pair_tiles import MAX_GAIN_POWER, PAIRS_BUDGET_BYTES, make_pairs
 from engine.report.pairs import PairColumns, PairSection, choose_pairs, find_others, pair_section, with_tiles
 from engine.report.people import people_context
+from engine.report.row_sums import RowSums, sum_rows
 from engine.report.scatter import SHAPES, num_drawn, scatter
 from engine.report.stored_images import ImageShards, scored_shards
+from engine.report.study import study_context
+from engine.report.style import page_style, page_templates
 from engine.report.text import clip, many
 from engine.report.work import class_table, gradient_table, throughput_table
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from pyarrow.dataset import Dataset
 
 MAX_BYTES = 9_500_000
@@ -149,6 +151,7 @@ def write_report(
         pinned = read_pinned(store)
     except CorruptShardError as error:
         pinned_problem = str(error)
+    study, study_problem = _study(store)
     labels = _labels(manifest) if labels is None else labels
     _, lost = find_origin(store, manifest)
     # Answers are those of the run, which is reported once.
@@ -156,12 +159,20 @@ def write_report(
     with _readable(store.address(METADATA)):
         page = render(
             store, manifest, title or manifest["name"], labels, evaluation, " ".join(problems), found, people,
-            pinned=pinned, pinned_problem=pinned_problem,
+            pinned=pinned, pinned_problem=pinned_problem, study=study, study_problem=study_problem,
         )  # fmt: skip
     (into or store).replace(REPORT, page)
     if into in (None, store) and (people.results or not people.problems):
         update_card(store, people.results)
     return lost
+
+
+def _study(store: Store) -> tuple[StudyDocument | None, str]:
+    """The study that a run is part of, and why it cannot be shown."""
+    try:
+        return read_study(store), ""
+    except CorruptShardError as error:
+        return None, str(error)
 
 
 def _read_manifest(store: Store) -> dict[str, Any]:
@@ -210,6 +221,8 @@ def render(
     *,
     pinned: Comparison | None = None,
     pinned_problem: str = "",
+    study: StudyDocument | None = None,
+    study_problem: str = "",
 ) -> bytes:
     """The page; its gallery is halved until the page is below 10 MB.
 
@@ -219,21 +232,29 @@ def render(
         people: what people say of the images.
         pinned: how the run differs from its baseline.
         pinned_problem: why that is not known, where it should be.
+        study: that the run is part of.
+        study_problem: why that is not known, where it should be.
     """
     path = store.fetch(METADATA, keep=True)
-    table, metadata = with_twins(read_table(path), found), open_metadata(path)
-    rows = make_rows(table)
-    pairs = PairColumns(table, rows)
-    names = distinct_names(names_by_index(rows, labels))
+    sums, metadata = sum_rows(path), open_metadata(path)
+    counted, totals = sums.outcomes, sums.totals.groups()
+    some, places = read_some(path, {total.request: total.attempted for total in totals})
+    table = with_twins(some, found)
+    rows = make_rows(table, sums.texts)
+    pairs = PairColumns(table, rows, places, path)
+    names = distinct_names(names_by_index(counted, labels))
     context = {
         "title": title,
-        **manifest_context(store, manifest, rows, names),
-        **_tables(table, metadata, rows, names),
+        **manifest_context(store, manifest, counted, names, rows),
+        **_tables(sums, counted, totals, metadata, names),
         **_distributions(rows),
-        "evaluation": evaluation_context(evaluation, len(rows)),
+        "some_note": _some_note(len(rows), sums.num_rows),
+        "evaluation": evaluation_context(evaluation, sums.num_rows),
         "evaluation_problem": problem,
-        "tonight": None if pinned is None else _tonight(pinned, store, rows),
+        "tonight": None if pinned is None else _tonight(pinned, store, counted),
         "tonight_problem": pinned_problem,
+        "study": None if study is None else study_context(study),
+        "study_problem": study_problem,
         "people": people_context(people.results),
         "people_problems": people.problems,
         "adversarial_psnr": f"{ADVERSARIAL_PSNR_DB:g}",
@@ -244,9 +265,24 @@ def render(
     }
     images, problem = _image_shards(store, manifest)
     context["image_problem"] = problem
-    template, section = _environment().get_template("report.html.j2"), pair_section(pairs, manifest, found)
+    template, section = page_templates().get_template("report.html.j2"), pair_section(
+        pairs, manifest, found, sums.num_rows
+    )  # fmt: skip
     return _fitting(
-        lambda limit: template.render(context | _gallery(images, metadata, pairs, names, limit, section)), MAX_SAMPLES
+        lambda limit: template.render(context | _gallery(images, metadata, pairs, counted, names, limit, section)),
+        MAX_SAMPLES,
+    )
+
+
+def _some_note(num_rows: int, num_attempts: int) -> str:
+    """What charts, pairs and gallery are made of, where that is not everything."""
+    if num_rows == num_attempts:
+        return ""
+    return (
+        f"Of {num_rows:,} of the {num_attempts:,} attempts, chosen evenly by their seeds, as are the pairs and the"
+        " gallery. Counts and rates in tables are of all attempts; medians and quartiles there are read off a sketch of"
+        " all. The same bins for every request; each curve is the share of its own request. A dotted line marks the"
+        " median."
     )
 
 
@@ -260,7 +296,7 @@ def _image_shards(store: Store, manifest: dict[str, Any]) -> tuple[ImageShards, 
 def _tonight(pinned: Comparison, store: Store, rows: Rows) -> dict[str, Any]:
     """The comparison with the baseline; it says where the run has grown since."""
     context = nights_context(pinned, limit=SECTION_SAMPLES, budget_bytes=SECTION_BUDGET_BYTES, address=store.uri)
-    num_scored, stale = int(rows.scored.sum()), ""
+    num_scored, stale = rows.count(rows.scored), ""
     if num_scored != pinned.new.num_samples:
         stale = (
             f"The comparison is of {pinned.new.num_samples:,} scored samples, and the run has {num_scored:,} now."
@@ -269,25 +305,21 @@ def _tonight(pinned: Comparison, store: Store, rows: Rows) -> dict[str, Any]:
     return context | {"stale": stale}
 
 
-def _tables(table: pa.Table, metadata: Dataset, rows: Rows, names: dict[int, str]) -> dict[str, Any]:
+def _tables(
+    sums: RowSums, rows: Rows, totals: list[GroupSummary], metadata: Dataset, names: dict[int, str]
+) -> dict[str, Any]:
     """The tables that are made of the metadata."""
-    totals = request_totals(table)
     return {
-        "table": summary_table(summarise_table(table), totals),
+        "table": summary_table(sums.groups.groups(), totals),
         "min_p_valid": MIN_P_VALID,
         "min_oracle_p_label": MIN_ORACLE_P_LABEL,
         "units": units_text(target_first(by_rank(shown_scores(totals))), is_full=False),
-        "classes": class_table(table, rows, totals, names),
+        "classes": class_table(sums.class_groups(), rows, totals, names),
         "errors": _errors(rows, names),
         "failures": [(clip(message, MAX_MESSAGE_CHARS), count) for message, count in failures(metadata)],
-        "gradients": gradient_table(rows),
-        "throughput": throughput_table(rows),
+        "gradients": gradient_table(sums.steps),
+        "throughput": throughput_table(sums.speeds, sums.texts),
     }
-
-
-def page_style() -> Markup:
-    """The style sheet of all pages."""
-    return Markup((_HERE / "report.css").read_text(encoding="utf-8"))
 
 
 def comparison_page(comparison: Comparison, limit: int) -> bytes:
@@ -296,7 +328,7 @@ def comparison_page(comparison: Comparison, limit: int) -> bytes:
     Args:
         limit: samples of each kind that are shown.
     """
-    template, style = _environment().get_template("comparison.html.j2"), page_style()
+    template, style = page_templates().get_template("comparison.html.j2"), page_style()
     return _fitting(lambda limit: template.render(tonight=nights_context(comparison, limit=limit), style=style), limit)
 
 
@@ -307,16 +339,6 @@ def _fitting(render: Callable[[int], str], limit: int) -> bytes:
         if len(page) <= MAX_BYTES or not limit:
             return page
         limit //= 2
-
-
-def _environment() -> Environment:
-    return Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def _labels(manifest: dict[str, Any]) -> list[str]:
@@ -396,6 +418,7 @@ def _gallery(
     shards: ImageShards,
     metadata: Dataset,
     pairs: PairColumns,
+    counted: Rows,
     names: dict[int, str],
     limit: int,
     section: PairSection | None,
@@ -403,9 +426,10 @@ def _gallery(
     """What the template needs for the gallery, and for the pairs among its samples."""
     rows = pairs.rows
     chosen = select(rows, limit) if limit and len(rows) else []
-    records = [record | pairs.of_twin(row) for row, record in zip(chosen, read_samples(metadata, chosen), strict=True)]
+    whole = read_samples(metadata, pairs.places[chosen].tolist())
+    records = [record | pairs.of_twin(row) for row, record in zip(chosen, whole, strict=True)]
     keys = {row: record["key"] for row, record in zip(chosen, records, strict=True)}
-    images = shards.find(keys)
+    images = shards.find(pairs.placed(keys))
     if section is not None:
         in_pairs = set(choose_pairs(pairs, [row for row in chosen if keys[row] in images]))
         shown = {row: record for row, record in zip(chosen, records, strict=True) if row in in_pairs}
@@ -415,17 +439,17 @@ def _gallery(
     tiles = [make_tile(record, images.get(record["key"], b""), names, budget) for record in records]
     return {
         "duos": section,
-        "groups": make_groups(rows, chosen, tiles),
+        "groups": make_groups(rows, chosen, tiles, _per_request(counted)),
         "gallery_note": (
-            f"{len(tiles):,} of {many(len(rows), 'sample')}: of each request some from every part of the range of "
-            "its main score (KLDB with a joint prompt, risk otherwise), and its extremes. Open one for its metadata; "
-            "the arrow keys step through."
+            f"{len(tiles):,} of {many(int(counted.weights.sum()), 'sample')}: of each request some from every part of"
+            " the range of its main score (KLDB with a joint prompt, risk otherwise), and its extremes. Open one for"
+            " its metadata; the arrow keys step through."
         ),
         "selects": _selects(tiles, names),
         "ranges": list(range_titles([tile.record for tile in tiles]).items()),
         "shapes": SHAPES,
         "scatter": scatter(rows, _series_of(rows), _series(rows)[1], keys),
-        "scatter_note": _scatter_note(rows, keys),
+        "scatter_note": _scatter_note(rows, counted.count(counted.scored), keys),
         "gallery_json": gallery_json(tiles, names),
     }
 
@@ -436,8 +460,14 @@ def _series_of(rows: Rows) -> np.ndarray:
     return np.minimum(np.arange(max(len(rows.request.names), 1)), len(first))
 
 
-def _scatter_note(rows: Rows, shown: dict[int, str]) -> str:
-    drawn, total = num_drawn(rows, shown), int(rows.scored.sum())
+def _per_request(rows: Rows) -> dict[str, int]:
+    """Samples of each request."""
+    counts = np.bincount(rows.request.codes, rows.weights, minlength=len(rows.request.names))
+    return {name: int(count) for name, count in zip(rows.request.names, counts, strict=True)}
+
+
+def _scatter_note(rows: Rows, total: int, shown: dict[int, str]) -> str:
+    drawn = num_drawn(rows, shown)
     which = f"All {many(total, 'scored sample')}" if drawn == total else f"{drawn:,} of {many(total, 'scored sample')}"
     return (
         f"{which}, a colour and a shape for each request. Wanted failures lie high and to the right: the target errs,"

@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from engine.data.run.summary import GroupSummary, summarise_table
-from engine.job.records import STATUS_FAILED, STATUS_OK, STATUS_REJECTED
-from engine.report.data import Rows, name_of, subset_name
+from engine.data.run.summary import GroupSummary
+from engine.job.plan import JOINT_CODE
+from engine.job.records import STATUS_FAILED, STATUS_REJECTED
+from engine.report.data import KnownTexts, Rows, name_of, subset_name
 from engine.report.headline import Heading, Line, Table, summary_cells, summary_figures
+from engine.report.row_sums import Speeds
 from engine.report.text import ABSENT, clip, number, percent
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 MAX_LINES = 150
 MAX_WORKERS = 40
 
 
-def class_table(table: pa.Table, rows: Rows, totals: list[GroupSummary], names: dict[int, str]) -> Table | None:
+def class_table(
+    classes: Mapping[tuple[str, str], GroupSummary], rows: Rows, totals: list[GroupSummary], names: dict[int, str]
+) -> Table | None:
     """The summary of every class, request by request, prompt-only ones first; None where no request has several.
 
     A joint prompt is a class of its own.
 
     Args:
-        table: of the metadata.
+        classes: by request and the number of the class or `JOINT_CODE`.
         rows: the same rows.
-        totals: per request (`request_totals`).
+        totals: per request.
         names: of the classes by index.
     """
-    import pyarrow as pa
-
-    names_of, texts = _class_texts(rows, names)
-    if all(len(some) < 2 for some in names_of.values()):
+    codes_of = _class_codes(rows)
+    if all(len(some) < 2 for some in codes_of.values()):
         return None
-    table = _with(_with(table, "context", texts), "method", pa.array([""] * len(rows), pa.string()))
-    groups = {(group.request, group.context): group for group in summarise_table(table)}
     order = [rows.request.names[code] for code in rows.plain_first()]
-    listed = {name: [groups[name, text] for text in names_of[name]] for name in order}
+    texts = {name: subset_name(rows.subsets[code], names) for code, name in enumerate(rows.request.names)}
+    listed = {name: [_named(classes[name, code], texts[name], names) for code in codes_of[name]] for name in order}
     parts = [group for some in listed.values() if len(some) > 1 for group in some]
     worst = sorted(parts, key=lambda group: -(group.error_rate or 0.0))[: max(MAX_LINES - len(order), 0)]
     kept, figures, lines = {id(group) for group in worst}, summary_figures(totals), list[Line]()
@@ -53,28 +53,19 @@ def class_table(table: pa.Table, rows: Rows, totals: list[GroupSummary], names: 
     return Table(headings, lines, len(order) + len(parts) - len(lines))
 
 
-def _class_texts(rows: Rows, names: dict[int, str]) -> tuple[dict[str, list[str]], pa.Array]:
-    """By request the names of its classes in the order of labels, and for each row that of its own.
-
-    The record of a joint sample names the class that it came closest to: its class is all of the subset.
-    """
-    import pyarrow as pa
-
-    names_of, texts = {}, np.empty(len(rows), dtype=object)
+def _class_codes(rows: Rows) -> dict[str, list[str]]:
+    """By request the codes of its classes in the order of labels; a joint prompt is one class."""
+    codes: dict[str, list[str]] = {}
     for code, request in enumerate(rows.request.names):
-        here = rows.request.codes == code
-        if subset := rows.subsets[code]:
-            names_of[request] = [subset_name(subset, names)]
-            texts[here] = names_of[request][0]
-        else:
-            indices, places = np.unique(rows.numbers["class_index"][here], return_inverse=True)
-            names_of[request] = [name_of(index, names) for index in indices.tolist()]
-            texts[here] = np.array(names_of[request], dtype=object)[places]
-    return names_of, pa.array(texts, pa.string())
+        indices = np.unique(rows.numbers["class_index"][rows.request.codes == code]).tolist()
+        codes[request] = [JOINT_CODE] if rows.subsets[code] else [str(index) for index in indices]
+    return codes
 
 
-def _with(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
-    return table.set_column(table.schema.get_field_index(name), name, column)
+def _named(group: GroupSummary, joint: str, names: dict[int, str]) -> GroupSummary:
+    """A class with its name in place of its code."""
+    name = joint if group.context == JOINT_CODE else name_of(int(group.context), names)
+    return replace(group, context=name)
 
 
 def acceptance_table(rows: Rows, quotas: dict[str, list[dict[str, Any]]]) -> Table | None:
@@ -107,12 +98,10 @@ def _is_class(rows: Rows, code: str) -> np.ndarray:
 
 
 def _acceptance(rows: Rows, here: np.ndarray, wanted: int, missing: int, has_quota: bool) -> list[tuple[str, str]]:
-    status = {
-        name: int(rows.status.is_one_of(np.flatnonzero(here), name).sum())
-        for name in (STATUS_OK, STATUS_REJECTED, STATUS_FAILED)
-    }
-    total, accepted = int(here.sum()), int(rows.numbers["accepted"][here].sum())
-    surplus = int(rows.numbers["surplus"][here].sum())
+    every = np.arange(len(rows))
+    status = {name: rows.count(here & rows.status.is_one_of(every, name)) for name in (STATUS_REJECTED, STATUS_FAILED)}
+    accepted, surplus = (rows.count(here & rows.numbers[name].astype(bool)) for name in ("accepted", "surplus"))
+    total = rows.count(here)
     cells = [
         (f"{total:,}", ""),
         (f"{accepted:,}", percent(accepted / total) if total else ABSENT),
@@ -144,42 +133,42 @@ def _gradients(rows: Rows, here: np.ndarray) -> list[tuple[str, str]]:
     steps, zero, bad = (
         rows.numbers[field][here] for field in ("guided_steps", "zero_gradients", "nonfinite_gradients")
     )
+    weights = rows.weights[here]
+    total = int((weights * steps).sum())
     return [
-        (f"{len(steps):,}", ""),
-        (number(float(steps.mean())), f"{steps.min()} to {steps.max()}"),
-        (percent(float(zero.sum() / steps.sum())), f"{int((zero == steps).sum()):,} samples at every step"),
-        (percent(float(bad.sum() / steps.sum())), f"{int((bad > 0).sum()):,} samples"),
+        (f"{int(weights.sum()):,}", ""),
+        (number(total / int(weights.sum())), f"{steps.min()} to {steps.max()}"),
+        (percent(int((weights * zero).sum()) / total), f"{int(weights[zero == steps].sum()):,} samples at every step"),
+        (percent(int((weights * bad).sum()) / total), f"{int(weights[bad > 0].sum()):,} samples"),
     ]
 
 
-def throughput_table(rows: Rows) -> Table | None:
+def throughput_table(speeds: Speeds, texts: KnownTexts) -> Table | None:
     """Time of sampling by request, and by worker where there are several; None where it was not measured."""
-    seconds = rows.numbers["duration_seconds"]
-    if not seconds.sum():
+    if not speeds.is_measured:
         return None
     lines = []
-    for code, name in enumerate(rows.request.names):
-        lines.append(Line(clip(name, 120), "", False, _speed(rows, rows.request.codes == code)))
-    workers = rows.worker.names
+    for code, name in enumerate(texts.names["request"]):
+        lines.append(Line(clip(name, 120), "", False, _speed(speeds, "request", code)))
+    workers = texts.names["worker"]
     if len(workers) > 1:
-        lines.append(Line("all workers", "", True, _speed(rows, np.ones(len(rows), dtype=bool))))
+        lines.append(Line("all workers", "", True, _speed(speeds, "all", 0)))
         for place, name in enumerate(workers[:MAX_WORKERS]):
-            lines.append(Line(clip(f"worker {name}", 120), "", False, _speed(rows, rows.worker.codes == place)))
+            lines.append(Line(clip(f"worker {name}", 120), "", False, _speed(speeds, "worker", place)))
     columns = [Heading("Request", "worker"), Heading("Attempts"), Heading("Batch size", "median"),
                Heading("Sampling", "seconds together"), Heading("Per sample", "median, seconds"),
                Heading("Samples a second", "of one worker")]  # fmt: skip
     return Table(columns, lines, max(0, len(workers) - MAX_WORKERS))
 
 
-def _speed(rows: Rows, here: np.ndarray) -> list[tuple[str, str]]:
-    seconds = rows.numbers["duration_seconds"][here]
-    measured = seconds[seconds > 0]
-    if not len(measured):
-        return [(f"{int(here.sum()):,}", ""), *[(ABSENT, "")] * 4]
+def _speed(speeds: Speeds, level: str, code: int) -> list[tuple[str, str]]:
+    attempts, measured, seconds = speeds.sums[level, code].tolist()
+    if not measured:
+        return [(f"{int(attempts):,}", ""), *[(ABSENT, "")] * 4]
     return [
-        (f"{len(seconds):,}", ""),
-        (f"{np.median(rows.numbers['batch_size'][here]):,.0f}", ""),
-        (f"{measured.sum():,.1f}", ""),
-        (number(float(np.median(measured))), ""),
-        (f"{len(measured) / measured.sum():,.2f}", ""),
+        (f"{int(attempts):,}", ""),
+        (f"{speeds.median_size(level, code):,.0f}", ""),
+        (f"{seconds:,.1f}", ""),
+        (number(speeds.median_seconds(level, code)), ""),
+        (f"{measured / seconds:,.2f}", ""),
     ]
