@@ -54,7 +54,7 @@ from engine.studies.evaluate.options import EvaluateOptions
 from engine.studies.evaluate.program import evaluate
 from engine.studies.evaluate.quality import match_classes
 from engine.studies.evaluate.summary_lines import summary_lines
-from engine.studies.output_folders import check_folder
+from engine.studies.output_folders import check_folder, check_results
 
 RUN = {"batch_size": 4, "duration_seconds": 0.1, "attempt": 1, "worker": "w0"}
 HOSTILE = "\x1b[31m<script>alert(1)</script>\u202e"
@@ -225,9 +225,9 @@ def test_failures_fall_into_slices(evaluated: tuple[Store, Evaluation]) -> None:
 
 
 def test_equal_evaluations_give_equal_bytes(
-    evaluated: tuple[Store, Evaluation], folders: dict[str, str], tmp_path: Path
+    evaluated: tuple[Store, Evaluation], folders: dict[str, str], tmp_path: Path, s3_server: str
 ) -> None:
-    """Into another folder: the run is left as it was."""
+    """Into another folder, and to an address: the run is left as it was."""
     store, _ = evaluated
     before = {path: path.read_bytes() for path in Path(store.uri).glob("*.*") if path.is_file()}
     options = EvaluateOptions(real=folders["real"], train=folders["train"], reference="fresh")
@@ -239,9 +239,13 @@ def test_equal_evaluations_give_equal_bytes(
     # The same command again finds what it left itself, also where an earlier version left an empty `_state`.
     assert sorted(path.name for path in into.iterdir()) == [EVALUATION, "report.html"]
     (into / "_state/staging").mkdir(parents=True)
-    assert (
-        evaluate(store.uri, options, display=PlainDisplay(io.StringIO()), folder=str(into)).document == found.document
-    )
+    check_results(str(into), EVALUATION, (EVALUATION, "report.html", "_state"), "evaluate")
+    uploaded = evaluate(store.uri, options, display=PlainDisplay(io.StringIO()), folder="s3://bucket/elsewhere")
+    assert uploaded.document == f"s3://bucket/elsewhere/{EVALUATION}"
+    elsewhere = open_store("s3://bucket/elsewhere")
+    for path in (found.document, found.report):
+        assert elsewhere.read(Path(path).name) == Path(path).read_bytes()
+    check_results(elsewhere.uri, EVALUATION, (EVALUATION, "report.html"), "evaluate")
     (into / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"--output: .*notes\.txt is a file, not a folder"):
         check_folder(into / "notes.txt/deep", EVALUATION, (EVALUATION,), "evaluate")

@@ -83,12 +83,13 @@ def prepared(folder, tmp_path_factory):
     return prepare(folder, tmp_path_factory.mktemp("artefacts"))
 
 
-def test_all_kinds_give_the_same_artefact(prepared, tars, table, tmp_path):
-    """Byte for byte: order, names and files of the images have no part in it."""
-    for data in (tars, table):
-        other = prepare(data, tmp_path)
-        assert other.path.name == prepared.path.name and same_bytes(other.path, prepared.path)
-    assert other.was_there and not prepared.was_there
+def test_all_kinds_give_the_same_artefact(prepared, tars, table, tmp_path, s3_server):
+    """Byte for byte: order, names and files of the images have no part in it, nor has its place, an address or not."""
+    shutil.copytree(prepared.path, tmp_path / prepared.path.name)
+    for data, home in ((tars, "s3://bucket/artefacts"), (table, tmp_path)):
+        other = prepare(data, home)
+        assert other.address == f"{home}/{prepared.path.name}" and same_bytes(other.path, prepared.path)
+        assert other.was_there == (data is table) and not prepared.was_there
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -422,7 +423,7 @@ def test_an_interrupt_stores_nothing_and_says_so(monkeypatch, capsys, tmp_path):
         (["--data", "nowhere"], "error: --data: there is no 'nowhere'"),
         (["--data", "/tmp", "--components", "0"], "components"),
         (["--data", "/tmp", "--set", "models.clip=zoo:digits/clipp"], "error: models.clip: 'zoo:digits/clipp'"),
-        (["--data", "/tmp", "--set", "output.uri=s3://bucket/run"], "give the artefact's folder with --output"),
+        (["--data", "/tmp", "--set", "output.uri=s3://bucket/run"], "give a folder or an address with --output"),
         ([], "--data"),
     ],
 )

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,9 @@ import pytest
 import torch
 
 from engine import cli
-from engine.data.images import digits
+from engine.data.images import LabelledImage, digits
+from engine.data.images.image_source import ImageSource
+from engine.data.reading.corpus import open_run
 from engine.data.stores.fresh_folder import fresh_folder
 from engine.data.stores.opening import open_store
 from engine.driver.progress import PlainDisplay
@@ -36,11 +39,13 @@ from engine.models.classifier import Classifier, load_network
 from engine.models.digests import model_digest
 from engine.models.job_checks import check_addresses
 from engine.models.trainable import load_trainable
-from engine.studies.retrain.arms import choose_arms
+from engine.studies.retrain.arms import choose_arms, draw_samples, make_arms
+from engine.studies.retrain.finetune import predict
+from engine.studies.retrain.image_tensors import read_generated, read_images
 from engine.studies.retrain.options import RetrainOptions
 from engine.studies.retrain.program import retrain
 from engine.studies.retrain.results import Retrained
-from engine.studies.samples import StudiedRun, is_plain
+from engine.studies.samples import StudiedRun, is_plain, open_study
 from tests.composed import HOLES, KNOWN, TARGET, composed_job, make_run
 from tests.conftest import REPOSITORY
 from tests.program_cases import FACTORY
@@ -251,6 +256,66 @@ def test_soft_labels_and_chosen_requests(run, small, home, monkeypatch, capsys):
     assert "generated    192 samples in each of plain, accepted" in out and f"model        {home / 'soft/model'}" in out
 
 
+def test_chosen_arms_and_protection(run, small, home, monkeypatch, capsys):
+    """Each arm by name; one with a number of its own; what a protection keeps, and whose model is stored."""
+    options = ("--real", small.real, "--test", small.test, "--seeds", 2, "--steps", 2, "--batch-size", 8)
+    arms = ("entropy", "augment", "random:9", "unfiltered:9")
+    chosen = [word for arm in arms for word in ("--arm", arm)]
+    protect = ("--protect", "arithmetic", "--protect-weight", 0.25, "--output", home / "arms")
+    code, out, _ = call(monkeypatch, capsys, "retrain", run, *options, *chosen, *protect)
+    document = json.loads((home / "arms/retrain.json").read_text())
+    assert code == 0 and list(document["overall"]["accuracies"]) == ["none", "entropy", "augment", "unfiltered:9"]
+    assert document["model"]["arm"] == "unfiltered:9" and document["protection"]["strength"] == 0.25
+    assert document["arms"]["samples"]["unfiltered:9"] == 9 < document["arms"]["samples"]["entropy"]
+    # Without samples nothing is added to the old weights.
+    before = document["overall"]["before"]["value"]
+    assert document["overall"]["accuracies"]["none"] == [before, before]
+    changes = {(change["arm"], change["base"]): change for change in document["changes"]}
+    assert len(changes) == 7 and changes["augment", "none"]["others"] == changes["augment", "before"]["others"]
+    assert changes["augment", "none"]["weak"] == sorted(HOLES)
+    assert "generated    9 samples in each of unfiltered:9" in out and "unfiltered:9 - none, points" in out
+    assert "protection   arithmetic, weight 0.25, in every arm" in out and "unfiltered:9 less before: mean " in out
+    assert max(map(len, out.split("Changes in points")[1].split("Errors of")[0].splitlines()[1:])) <= 100
+
+
+def test_the_most_uncertain_samples_are_those_that_the_target_says(run):
+    """Of accepted and rejected ones alike, as many as are accepted, without held-out ones; no seed draws others."""
+    source = open_study(str(run))
+    target = load_trainable(source.job.models.target, "cpu")
+    display = PlainDisplay(io.StringIO())
+    generated = read_generated(
+        source, ["baseline", "errors"], target.preprocessing, num_classes=10, soft=False, display=display
+    )
+    names = ("entropy", "entropy:5", "accepted", "random")
+    arms = make_arms(source, generated, ["baseline"], ["errors"], 0.2, names, target.network)
+    log_p = torch.log_softmax(predict(target.network, generated.samples.pixels), 1)
+    entropy = -(log_p.exp() * log_p).sum(1)
+    candidates = arms.pools["unfiltered"]
+    chosen = arms.pools["entropy"]
+    assert len(chosen) == len(arms.pools["accepted"]) == arms.counts["entropy"] and set(chosen.tolist()) < set(
+        candidates.tolist()
+    )
+    assert entropy[chosen].min() >= entropy[[row for row in candidates.tolist() if row not in chosen.tolist()]].max()
+    assert arms.pools["entropy:5"].tolist() == chosen[:5].tolist()
+    assert 0 < sum(generated.accepted[chosen].tolist()) < len(chosen)
+    drawn = [draw_samples(generated, arms, "entropy", seed) for seed in (0, 1)]
+    assert drawn[0] is not None and drawn[1] is not None
+    assert torch.equal(drawn[0].pixels.sort(0).values, drawn[1].pixels.sort(0).values)
+    assert draw_samples(generated, arms, "none", 0) is None and arms.names == ("none", *arms.pools)
+
+
+def test_images_of_one_origin_are_known():
+    """Of an image that names none, its own pixels are its origin: the same image twice is one."""
+    black, white = PIL.Image.new("RGB", (32, 32)), PIL.Image.new("RGB", (32, 32), (255, 255, 255))
+    given = [("a", black, "scan"), ("b", white, "scan"), ("c", white, ""), ("d", white, ""), ("e", black, "")]
+    items = [partial(LabelledImage, name, image, 0, (), False, origin) for name, image, origin in given]
+    source = ImageSource("some images", len(items), (lambda: iter(items),))
+    preprocessing = load_trainable(TARGET, "cpu").preprocessing
+    read = read_images(source, "--test", "x", preprocessing, PlainDisplay(io.StringIO()))
+    one, other, third, same, last = read.without(torch.ones(5, dtype=torch.bool), "").origins
+    assert one == other and third == same and len({one, third, last}) == 3
+
+
 def test_joint_prompts_have_no_hard_label_and_tell_of_no_context(run, small, home):
     """Images between two classes trained as one of them would make the plain arm look worse than it is."""
     job = parse_job(json.loads((run / "manifest.json").read_text())["job"])
@@ -425,6 +490,14 @@ def test_what_timm_saved_is_stored_as_timm_stores_it(tmp_path):
         ({"batch_size": 1}, "--batch-size: 1 is not between 2"),
         ({"learning_rate": -1.0}, "--learning-rate: -1 is not a positive number"),
         ({"learning_rate": float("inf")}, "--learning-rate: inf is not a positive number"),
+        ({"arms": ("acepted",)}, "--arm: there is no arm 'acepted'; did you mean 'accepted'?"),
+        ({"arms": ("accepted:100000",)}, "--arm: 'accepted:100000': the run has "),
+        ({"arms": ("none",)}, "--arm: none is trained anyway"),
+        ({"protect": "averge"}, "--protect: 'averge' is none of"),
+        ({"protect": "average", "protect_weight": 1.5}, "--protect-weight: 1.5 is not above 0 and up to 1"),
+        ({"protect_weight": 0.5}, "--protect-weight: 0.5 has no meaning without --protect"),
+        ({"pgd_eps": 0.0}, "--pgd-eps: 0 is not above 0"),
+        ({"pgd_steps": 0}, "--pgd-steps: 0 is not between 1 and"),
         ({"plain": ("base",)}, "--plain: the run has no request 'base'; did you mean 'baseline'?"),
         ({"risky": ("eror", "baseline")}, "--risky: the run has no request 'eror'; did you mean 'errors'?"),
         ({"real": "digits:trian"}, "--real: there is no 'digits:trian'; did you mean 'digits:train'?"),
@@ -524,6 +597,19 @@ def test_a_failed_build_leaves_what_was_there(tmp_path):
     with fresh_folder(home) as built:
         (built / "b").write_text("third")
     assert [one.name for one in home.iterdir()] == ["b"] and list(tmp_path.iterdir()) == [home]
+
+
+@pytest.mark.slow
+def test_results_go_to_an_address(run, small, s3_server, monkeypatch, capsys):
+    """As they do to a folder: twice, and the new model is a target once it is copied."""
+    uri, line = "s3://bucket/retrained", ["--real", small.real, "--test", small.test, "--seeds", "2", "--steps", "2"]
+    for _ in range(2):
+        code, out, err = call(monkeypatch, capsys, "retrain", run, *line, "--output", uri)
+        assert code == 0 and f"model        {uri}/model" in out, err
+    store = open_store(uri)
+    assert set(store.list()) == {"retrain.json", "model", "rescored"}
+    assert model_digest(str(store.fetch("model"))) == json.loads(store.read("retrain.json"))["model"]["digest"]
+    assert open_run(f"{uri}/rescored").runs[0].is_rescored
 
 
 @pytest.mark.slow

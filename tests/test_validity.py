@@ -114,12 +114,13 @@ def test_the_artefact_says_what_plain_models_and_people_say(prepared, samples, s
     """Probabilities, errors and counts against a direct computation, image by image."""
     fit, answered = prepared.fit, prepared.answered
     assert fit.model is not None and fit.is_balanced and (fit.num_images, fit.num_answers) == (240, 720)
-    oracles = [Classifier.load(address) for address in ORACLES]
-    expected = []
-    for (image, label), answers in zip(samples, said, strict=True):
-        p_labels = [float(oracle.score([image]).softmax(1)[0, label]) for oracle in oracles]
-        errs = int(classifier.score([image]).argmax()) != label
-        expected.append((*p_labels, answers.count(LABELS[label]), errs))
+    images, labels = [image for image, _ in samples], np.array([label for _, label in samples])
+    p_labels = [
+        Classifier.load(address).score(images).softmax(1).numpy()[np.arange(len(images)), labels] for address in ORACLES
+    ]
+    errs = classifier.score(images).argmax(1).numpy() != labels
+    counts = [answers.count(LABELS[label]) for label, answers in zip(labels, said, strict=True)]
+    expected = list(zip(*p_labels, counts, errs, strict=True))
     found = [(*image.p_labels, image.num_agreeing, image.target_errs) for image in answered.images]
     assert np.allclose(sorted(found), sorted(expected), atol=1e-5)
     [document] = prepared.path.glob("*.json")
@@ -138,8 +139,12 @@ def test_every_form_of_a_table_gives_the_same_artefact(prepared, folder, keys, s
         table.writerows(rows)
     (tmp_path / "counts.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "counts.parquet")
-    for name in ("counts.csv", "counts.jsonl", "counts.parquet"):
-        assert prepare(tmp_path / name, folder, tmp_path / "artefacts").path.name == prepared.path.name
+    paths = [tmp_path / f"counts.{ending}" for ending in ("csv", "jsonl", "parquet")]
+    first, *others = (read_answer_table(path, LABELS) for path in paths)
+    for table in others:
+        assert table.rows == first.rows and table.counts.keys() == first.counts.keys()
+        assert all(np.array_equal(table.counts[key], first.counts[key]) for key in first.counts)
+    assert prepare(tmp_path / "counts.csv", folder, tmp_path / "artefacts").path.name == prepared.path.name
     write_tables(tmp_path / "tables", samples)
     order = np.random.default_rng(0).permutation(len(samples)).tolist()
     names = [f"validation-00000-of-00002.parquet row {row}" for row in range(90)]

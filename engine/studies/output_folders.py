@@ -6,12 +6,32 @@ import os
 import secrets
 from pathlib import Path
 
+from engine.data.stores.base import Store
+from engine.data.stores.built_output import check_writable_output, occupying_names
 from engine.data.stores.file_errors import explained
-from engine.errors import OutputError
+from engine.data.stores.opening import is_object_address, open_store
+from engine.errors import OutputError, StoreLostError
 from engine.methods.strict_json import parse_json
 from engine.models.untrusted_files import MAX_DOCUMENT_BYTES, read_whole
 
 MAX_SHOWN = 5
+
+
+def check_results(output: str, document: str, parts: tuple[str, ...], study: str) -> None:
+    """As `check_folder`, of a folder or an address of an object store.
+
+    Raises:
+        OutputError: as there, or the store refuses.
+    """
+    if not is_object_address(output):
+        check_folder(Path(output).expanduser(), document, parts, study)
+        return
+    store = open_store(output)
+    names = occupying_names(store, study)
+    foreign = [name for name in names if name not in parts]
+    if foreign or (names and not _is_result_at(store, document, study)):
+        raise OutputError(_foreign(store.uri, foreign or names, study))
+    check_writable_output(store)
 
 
 def check_folder(home: Path, document: str, parts: tuple[str, ...], study: str) -> None:
@@ -38,10 +58,12 @@ def check_folder(home: Path, document: str, parts: tuple[str, ...], study: str) 
         names = sorted(path.name for path in home.iterdir()) if home.is_dir() else []
     foreign = [name for name in names if name not in parts]
     if foreign or (names and not _is_result(home / document, study)):
-        shown = ", ".join(map(repr, (foreign or names)[:MAX_SHOWN]))
-        raise OutputError(
-            f"--output: {home} holds files that no earlier `riskforge {study}` has left there ({shown}); choose another"
-        )
+        raise OutputError(_foreign(str(home), foreign or names, study))
+
+
+def _foreign(where: str, names: list[str], study: str) -> str:
+    shown = ", ".join(map(repr, names[:MAX_SHOWN]))
+    return f"--output: {where} holds files that no earlier `riskforge {study}` has left there ({shown}); choose another"
 
 
 def _check_creatable(parent: Path) -> None:
@@ -52,6 +74,15 @@ def _check_creatable(parent: Path) -> None:
         probe.rmdir()
     except OSError as error:
         raise OutputError(f"--output: nothing can be created in {parent} ({error.strerror}); choose another") from None
+
+
+def _is_result_at(store: Store, document: str, study: str) -> bool:
+    try:
+        return bool(parse_json(store.read(document))["study"] == study)
+    except StoreLostError:
+        raise
+    except (OutputError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _is_result(document: Path, study: str) -> bool:

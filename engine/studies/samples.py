@@ -123,6 +123,12 @@ def is_plain(request: RequestSpec) -> bool:
     return not request.method_record.is_guided and request.boundary is None and not request.accept
 
 
+def depends_on_context_alone(request: RequestSpec) -> bool:
+    """Whether errors on a request's samples depend on class and context; guidance and screening make some anywhere."""
+    is_screened = bool(request.conditioning and request.conditioning.is_screened)
+    return not request.method_record.is_guided and request.boundary is None and not is_screened
+
+
 def read_samples(run: StudiedRun, requests: Sequence[str]) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Image file and record of every stored sample of some requests, in order.
 

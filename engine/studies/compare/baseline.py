@@ -18,7 +18,15 @@ from engine.job.columns import stored_names
 from engine.job.plan import TEMPERATURE, usable_temperature
 from engine.methods.strict_json import parse_json
 from engine.models.untrusted_files import read_whole
-from engine.studies.compare.scored_run import MEDIANS, ScoredRun, Texts, night_of, read_scored_run, texts_of
+from engine.studies.compare.scored_run import (
+    MEDIANS,
+    ScoredRun,
+    Texts,
+    common_shares,
+    night_of,
+    read_scored_run,
+    texts_of,
+)
 from engine.studies.output_folders import check_replaces
 
 BASELINE_VERSION = 1
@@ -54,6 +62,7 @@ def pin_run(run: ScoredRun, path: Path) -> None:
         **({} if run.strictly_valid is None else {"strictly_valid": _flags(run.strictly_valid)}),
         **({} if run.predicted is None else {"predicted": run.predicted.tolist()}),
         "night": run.night,
+        **({"num_scored": run.num_scored} if run.num_scored > len(run.keys) else {}),
         **{name: values.tolist() for name, values in run.scores.items()},
     }
     text = json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
@@ -118,6 +127,7 @@ def _unpinned(document: dict[str, Any]) -> ScoredRun:
         methods={str(name): str(method) for name, method in document["methods"].items()},
         night=str(document.get("night", "")) or night_of({}, str(document["address"])),
         is_baseline=True,
+        num_scored=int(document.get("num_scored", 0)),
         unknown=_unknown(document, columns),
         scores=scores,
         **columns,
@@ -140,5 +150,8 @@ def open_pair(addresses: Sequence[str], baseline: Path | None) -> tuple[ScoredRu
     """
     if len(addresses) + (baseline is not None) != 2:
         raise JobError("compare: takes two runs, or one run with --baseline FILE, or one with --pin FILE")
-    old = read_scored_run(addresses[0]) if baseline is None else read_baseline(baseline)
-    return old, read_scored_run(addresses[-1])
+    if baseline is not None:
+        return read_baseline(baseline), read_scored_run(addresses[0])
+    shares = common_shares(addresses)
+    old, new = (read_scored_run(address, shares) for address in addresses)
+    return old, new

@@ -234,6 +234,12 @@ def _differing(old: ScoredRun, new: ScoredRun) -> Iterator[str]:
         if missing := [name for name in first.methods if name not in second.methods]:
             yield f"only in {first.address}: {_listed(missing)}"
     for run in (old, new):
+        if run.num_samples > len(run.keys):
+            yield (
+                f"{run.address}: {len(run.keys)} of {run.num_samples} scored samples are compared, chosen evenly by"
+                " their seeds; new and fixed failures are those among them"
+            )
+    for run in (old, new):
         if run.unknown:
             yield (
                 f"{run.address}: is a baseline from before errors of joint prompts were counted outside their classes,"

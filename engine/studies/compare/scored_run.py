@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +19,9 @@ from engine.data.run.file_names import MANIFEST, METADATA, RESCORED_FROM, SUCCES
 from engine.data.run.manifest_reading import read_manifest
 from engine.data.run.outcomes import errors, joint_rows, label_validity, oracle_agreement, scored_rows
 from engine.data.run.schema import check_rows
-from engine.data.run.summary import class_texts, without_absent
+from engine.data.run.some_rows import chosen_rows, shares_of
+from engine.data.run.summary import class_texts, read_tables, without_absent
+from engine.data.stores.base import Store
 from engine.data.stores.file_errors import explained
 from engine.data.stores.opening import open_store
 from engine.errors import OutputError, first_line
@@ -38,6 +42,8 @@ _COLUMNS = [
 _DATE = re.compile(r"(?<!\d)\d{4}-\d\d-\d\d(?!\d)")
 Texts = NDArray[np.object_]
 Rows = NDArray[np.intp]
+# Of larger runs so many are compared, about equally many of each request: tests and bootstraps hold them several times.
+MAX_COMPARED = 60_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +67,7 @@ class ScoredRun:
         temperature: of the target in place of its own; None for its own.
         curation: of a curated run, in which every attempt of its parent has its scores.
         people: what people say of its images; nothing of a baseline.
+        num_scored: scored samples of the run, of which these may be some; 0 of earlier baselines.
     """
 
     address: str
@@ -86,6 +93,12 @@ class ScoredRun:
     temperature: float | None = None
     curation: Curation | None = None
     people: People = NO_PEOPLE
+    num_scored: int = 0
+
+    @property
+    def num_samples(self) -> int:
+        """Scored samples of the run."""
+        return max(self.num_scored, len(self.keys))
 
     def metric(self, name: str, rows: Rows) -> Any:
         """A metric's column at some rows; None where it is not known for all of them.
@@ -109,32 +122,27 @@ class ScoredRun:
         return distinct_names(dict(enumerate(self.labels)))
 
 
-def read_scored_run(address: str) -> ScoredRun:
-    """The scored samples of a run, or of a folder of `riskforge rescore`.
+def read_scored_run(address: str, shares: Mapping[str, float] | None = None) -> ScoredRun:
+    """The scored samples of a run, or of a folder of `riskforge rescore`; of a large one some of each request.
+
+    Args:
+        shares: of the samples of each request that are read (`common_shares`); by the run alone where not given.
 
     Raises:
         OutputError: there is no such folder, or nothing that a finished run has.
         CorruptShardError: its manifest cannot be read.
     """
     import pyarrow as pa
-    import pyarrow.dataset
-    import pyarrow.parquet as pq
 
     store = open_store(address)
-    if not store.exists(METADATA) or not store.exists(MANIFEST):
-        raise OutputError(
-            f"{address}: holds no {MANIFEST} with {METADATA}; give the folder of a run, or of a rescoring, that has"
-            " come to its end"
-        )
-    path = store.fetch(METADATA)
+    path = _metadata_of(store, address)
     manifest = read_manifest(store)
     try:
         target = manifest["models"]["target"]
         with explained(path):
-            columns = stored_names(_COLUMNS, pyarrow.dataset.dataset(path, format="parquet").schema.names)
-            table = pq.read_table(path, columns=columns, partitioning=None).combine_chunks()
-        check_rows(table, store.address(METADATA))
-        run = _scored_run(store.uri, str(manifest["name"]), target, table)
+            shares = shares_of(_request_counts(path), MAX_COMPARED) if shares is None else shares
+            table, num_scored = _read_some(path, shares, store.address(METADATA))
+        run = replace(_scored_run(store.uri, str(manifest["name"]), target, table), num_scored=num_scored)
         is_rescored = RESCORED_FROM in manifest
         people = read_people(store, is_rescoring=is_rescored)
         run = replace(
@@ -143,8 +151,62 @@ def read_scored_run(address: str) -> ScoredRun:
         )  # fmt: skip
         return run if _has_strict_validity(manifest, table) else replace(run, strictly_valid=None)
     except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
-        reason = first_line(error)
-        raise OutputError(f"{address}: cannot be read as a run ({reason}); `riskforge verify` says more") from error
+        raise _unreadable(address, error) from error
+
+
+def common_shares(addresses: Sequence[str]) -> dict[str, float]:
+    """The share of the samples of each request that is read of all of some runs, by the largest of them.
+
+    Raises:
+        OutputError: a run cannot be read.
+    """
+    import pyarrow as pa
+
+    most: dict[str, int] = {}
+    for address in addresses:
+        path = _metadata_of(open_store(address), address)
+        try:
+            with explained(path):
+                counts = _request_counts(path)
+        except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
+            raise _unreadable(address, error) from error
+        most |= {name: max(count, most.get(name, 0)) for name, count in counts.items()}
+    return shares_of(most, MAX_COMPARED)
+
+
+def _metadata_of(store: Store, address: str) -> Path:
+    if not store.exists(METADATA) or not store.exists(MANIFEST):
+        raise OutputError(
+            f"{address}: holds no {MANIFEST} with {METADATA}; give the folder of a run, or of a rescoring, that has"
+            " come to its end"
+        )
+    return store.fetch(METADATA, keep=True)
+
+
+def _unreadable(address: str, error: Exception) -> OutputError:
+    reason = first_line(error)
+    return OutputError(f"{address}: cannot be read as a run ({reason}); `riskforge verify` says more")
+
+
+def _request_counts(metadata: Path) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for table in read_tables(metadata, ["request"]):
+        counts.update({entry["values"]: entry["counts"] for entry in table["request"].value_counts().to_pylist()})
+    return counts
+
+
+def _read_some(metadata: Path, shares: Mapping[str, float], where: str) -> tuple[pa.Table, int]:
+    """The chosen rows of a run, and how many scored ones it has."""
+    import pyarrow as pa
+
+    tables, num_scored = [], 0
+    for table in read_tables(metadata, _COLUMNS):
+        check_rows(table, where)
+        num_scored += int(scored_rows(table).sum())
+        tables.append(table.take(chosen_rows(table, shares)))
+    if not tables:
+        raise ValueError("it has no rows")
+    return pa.concat_tables(tables).combine_chunks(), num_scored
 
 
 def _has_strict_validity(manifest: Mapping[str, Any], table: pa.Table) -> bool:

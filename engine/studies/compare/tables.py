@@ -219,7 +219,7 @@ def human_lines(comparison: RunComparison) -> list[str]:
 
 
 def _identity(run: ScoredRun) -> dict[str, Any]:
-    identity = {"address": run.address, "name": run.name, "target": run.target, "num_samples": len(run.keys)}
+    identity = {"address": run.address, "name": run.name, "target": run.target, "num_samples": run.num_samples}
     identity["is_baseline"] = run.is_baseline
     return identity | ({KEY: run.curation.to_document()} if run.curation else {})
 
@@ -249,7 +249,7 @@ def _description(night: str, run: ScoredRun) -> str:
     target = f"{code(run.target['address'], table=False)} `{run.target['digest'][:8]}`"
     kind = "baseline of " if run.is_baseline else ""
     address = code(run.address, table=False)
-    return f"- {code(night, table=False)}: {kind}{address}, {len(run.keys)} scored samples, target {target}"
+    return f"- {code(night, table=False)}: {kind}{address}, {run.num_samples} scored samples, target {target}"
 
 
 def _group(row: GroupComparison) -> str:

@@ -25,6 +25,21 @@ _Z = 1.959963984540054
 _ROWS = 1024
 
 
+@dataclass(frozen=True, slots=True)
+class ManifoldShares:
+    """How two sets lie in each other's manifolds, as shares.
+
+    Attributes:
+        precision, recall: as those of `Manifolds`.
+        coverage: share of the real images whose ball, which reaches to their k-th nearest neighbour among real images,
+            holds a sample.
+    """
+
+    precision: float
+    recall: float
+    coverage: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifolds:
     """Improved precision and recall, with Wilson's intervals of the two shares.
@@ -128,6 +143,38 @@ def precision_recall(samples: Features, real: Features, *, neighbours: int = NEI
     precision = _num_inside(samples, real, neighbours)
     recall = _num_inside(real, samples, neighbours)
     return Manifolds(precision=wilson_interval(precision, len(samples)), recall=wilson_interval(recall, len(real)))
+
+
+def manifold_shares(
+    samples: Features, real: Features, between: Features, *, neighbours: int = NEIGHBOURS
+) -> ManifoldShares:
+    """Precision and recall (Kynkaanniemi et al. 2019), and coverage (Naeem et al., "Reliable fidelity and diversity
+    metrics for generative models", ICML 2020, equation 8).
+
+    Recall takes the manifold of the samples, which single outliers widen; coverage takes that of the real images, which
+    do not change from one set of samples to another.
+
+    Args:
+        samples, real: squared distances within each set, [N, N] and [M, M].
+        between: squared distances of samples to real images, [N, M].
+
+    Raises:
+        ValueError: a set has no k-th neighbour.
+    """
+    if min(len(samples), len(real)) <= neighbours:
+        raise ValueError(f"{neighbours} neighbours need more features than {len(samples)} and {len(real)}")
+    radii, real_radii = (np.partition(side, neighbours, axis=1)[:, neighbours] for side in (samples, real))
+    is_near = between <= real_radii
+    return ManifoldShares(
+        precision=float(is_near.any(1).mean()),
+        recall=float((between <= radii[:, None]).any(0).mean()),
+        coverage=float(is_near.any(0).mean()),
+    )
+
+
+def squared_distances(first: Features, second: Features) -> Features:
+    """Squared distances [N, M] of features [N, d] and [M, d]."""
+    return np.concatenate(list(_distances(first, second)))
 
 
 def _num_inside(points: Features, manifold: Features, neighbours: int) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from engine.data.images import open_images
@@ -19,7 +18,7 @@ from engine.data.run.manifest_reading import read_manifest
 from engine.data.run.twins_table import FoundTwins, write_twins
 from engine.data.stores.base import STATE
 from engine.data.stores.lease import hold
-from engine.data.stores.opening import open_store, refuse_objects
+from engine.data.stores.opening import open_store
 from engine.driver.progress import Display
 from engine.errors import JobError, OutputError
 from engine.generation.loading import load_target
@@ -30,9 +29,10 @@ from engine.models.clip import Clip
 from engine.models.digests import model_digest
 from engine.models.hardware import choose_hardware
 from engine.models.library_logging import quiet_libraries
-from engine.report.data import make_rows, names_by_index, read_table
+from engine.report.data import names_by_index
 from engine.report.evaluation import Evaluation, Extremes, Shown
 from engine.report.render import write_report
+from engine.report.row_sums import sum_rows
 from engine.studies.evaluate.extractors import choose_extractor
 from engine.studies.evaluate.extremes import ScoredImages, boundary_extremes, risk_extremes
 from engine.studies.evaluate.image_features import ImageFeatures, VisionModels
@@ -43,7 +43,7 @@ from engine.studies.evaluate.options import EvaluateOptions
 from engine.studies.evaluate.quality import qualities, text_scores
 from engine.studies.evaluate.slices import failure_slices
 from engine.studies.evaluate.twins import find_twins
-from engine.studies.output_folders import check_folder
+from engine.studies.output_folders import check_results
 from engine.studies.samples import StudiedRun, choose_requests, open_study
 
 STUDY = "evaluate"
@@ -71,7 +71,7 @@ def evaluate(run_uri: str, options: EvaluateOptions, *, display: Display, folder
     """Evaluate a finished run, and write its report again.
 
     Args:
-        folder: where `evaluation.json` and `report.html` go; into the run by default.
+        folder: where `evaluation.json` and `report.html` go, a folder or an address; into the run by default.
 
     Raises:
         JobError: an option is wrong, or a model or images cannot be used.
@@ -87,8 +87,7 @@ def evaluate(run_uri: str, options: EvaluateOptions, *, display: Display, folder
     if options.reference is not None:
         choose_requests(run, "--reference", [options.reference])
     if folder is not None:
-        refuse_objects(folder, "--output", "an evaluation that does not go into its run")
-        check_folder(Path(folder).expanduser(), EVALUATION, (EVALUATION, TWINS_TABLE, REPORT, STATE), STUDY)
+        check_results(folder, EVALUATION, (EVALUATION, TWINS_TABLE, REPORT, STATE), STUDY)
     # Every process that writes into a run holds its lease.
     with hold(run.store, notice=display.notice) if folder is None else contextlib.nullcontext():
         return _write(run, options, display, folder)
@@ -96,7 +95,7 @@ def evaluate(run_uri: str, options: EvaluateOptions, *, display: Display, folder
 
 def _write(run: StudiedRun, options: EvaluateOptions, display: Display, folder: str | None) -> Evaluated:
     evaluation, found = _evaluate(run, options, display)
-    into = run.store if folder is None else open_store(str(Path(folder).expanduser()))
+    into = run.store if folder is None else open_store(folder)
     try:
         into.replace(EVALUATION, evaluation.model_dump_json(indent=1).encode() + b"\n")
         num_twins = len(found.rows) if found else 0
@@ -163,7 +162,7 @@ def _labels(run: StudiedRun, manifest: Mapping[str, Any]) -> tuple[str, ...]:
     recorded = manifest.get("models", {}).get("target", {}).get("labels")
     if isinstance(recorded, list) and recorded and all(isinstance(label, str) for label in recorded):
         return tuple(recorded)
-    names = names_by_index(make_rows(read_table(run.store.fetch(METADATA))), [])
+    names = names_by_index(sum_rows(run.store.fetch(METADATA)).outcomes, [])
     return tuple(names.get(index, f"class {index}") for index in range(max(names, default=-1) + 1))
 
 

@@ -7,15 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from engine.data.images.decode import UnusableImageError, decode_sample
 from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
 from engine.errors import RiskforgeError
 from engine.report.gallery import image_uri
 from engine.report.lines import NUM_COLOURS, Line, Point, line_chart
-from engine.report.render import page_style
+from engine.report.style import page_style, page_templates
 from engine.studies.intervals import mean_interval
 from engine.studies.loop.parsing import LoopJob
 from engine.studies.loop.results import REPORT, LoopFolder
@@ -41,10 +39,7 @@ def write_page(store: Store, job: LoopJob, schedule: Schedule, classes: Sequence
         schedule: its measures.
         classes: names of classes or modes.
     """
-    environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template("loop.html.j2").render(_context(job, schedule, classes))
+    page = page_templates(_HERE).get_template("loop.html.j2").render(_context(job, schedule, classes))
     store.replace(REPORT, page.encode())
 
 

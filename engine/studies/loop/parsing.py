@@ -12,10 +12,11 @@ import pydantic
 
 from engine.errors import JobError
 from engine.job.columns import BY_NAME
-from engine.job.parsing import MAX_PROBLEMS, parse_job
+from engine.job.parsing import parse_job
 from engine.job.spec import JobSpec
-from engine.job.spec_messages import Location, explain, location_of, nearest
+from engine.job.spec_messages import Location, explain, nearest
 from engine.models.factories import is_factory
+from engine.studies.experiments.parsing import validation_lines
 from engine.studies.loop.spec import MIXTURE_REWARDS, LoopSpec
 
 PLACEHOLDER_URI = "loop"
@@ -63,7 +64,7 @@ def parse_loop(raw: Any, read: Callable[[str], Any]) -> LoopJob:
     try:
         spec = LoopSpec.model_validate(raw)
     except pydantic.ValidationError as error:
-        raise JobError(_validation_lines(error)) from None
+        raise JobError(validation_lines(error, _text)) from None
     problems = list(_problems(spec))
     job = None
     if spec.generator.job is not None and spec.generator.mixture is None:
@@ -76,14 +77,6 @@ def parse_loop(raw: Any, read: Callable[[str], Any]) -> LoopJob:
     if problems:
         raise JobError(problems)
     return LoopJob(spec=spec, job=job)
-
-
-def _validation_lines(error: pydantic.ValidationError) -> list[str]:
-    texts: dict[Location, str] = {}
-    for item in error.errors(include_url=False)[:MAX_PROBLEMS]:
-        location = location_of(item)
-        texts.setdefault(location, _text(item, location))
-    return [f"{'.'.join(map(str, where)) or 'job'}: {text}" for where, text in texts.items()]
 
 
 def _text(item: Any, location: Location) -> str:

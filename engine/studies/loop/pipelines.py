@@ -19,7 +19,7 @@ from engine.data.stores.base import Store
 from engine.data.stores.opening import open_store
 from engine.driver.executors.base import Executor
 from engine.driver.executors.local import LocalExecutor
-from engine.driver.progress import Display, Tally
+from engine.driver.progress import Display
 from engine.driver.run import run_job
 from engine.errors import JobError, OwnedError, RiskforgeError, fault
 from engine.job.plan import Cell, make_prompt
@@ -48,6 +48,7 @@ from engine.studies.loop.samples import Real, RoundSamples
 from engine.studies.loop.signal import MAX_E_VALUE, Memory, Signal
 from engine.studies.loop.spec import CLASS_INDEX, MAX_REWARD, LoopSpec
 from engine.studies.loop.state import Lane
+from engine.studies.nested_display import NestedDisplay
 from engine.studies.samples import open_study, read_samples
 
 SIGNAL_FILE = "signal.safetensors"
@@ -56,41 +57,6 @@ MAX_REAL = 10_000
 # How long processes of a driver that was killed may outlive it.
 ORPHAN_SECONDS = 60.0
 MakeExecutor = Callable[[], Executor]
-
-
-class QuietDisplay:
-    """Shows notices and the progress within a round of a lane, and outlives the parts of a round that close it.
-
-    Args:
-        outer: of the loop; None in another process, where nothing is shown.
-        title: of the round.
-    """
-
-    def __init__(self, outer: Display | None, title: str) -> None:
-        self._outer = outer
-        self._title = title
-
-    def phase(self, text: str) -> None:
-        """Show it as progress of the round."""
-        if text:
-            self.advance(text)
-
-    def notice(self, text: str) -> None:
-        """Pass it on."""
-        if self._outer is not None:
-            self._outer.notice(f"{self._title}: {text}")
-
-    def advance(self, text: str) -> None:
-        """Pass it on."""
-        if self._outer is not None:
-            self._outer.advance(f"{self._title}: {text}")
-
-    def show(self, tally: Tally) -> None:
-        """Show how many samples are done."""
-        self.advance(f"{tally.total.num_done}/{tally.total.total} samples")
-
-    def close(self) -> None:
-        """The loop closes its display."""
 
 
 class PipelineGenerator:
@@ -308,7 +274,7 @@ def pipeline_round(
     assert job.job is not None
     quiet_libraries()
     fix_threads(choose_hardware(job.job.runtime))
-    shown = QuietDisplay(display, f"{lane}, round {number}")
+    shown = NestedDisplay(display, f"{lane}, round {number}")
     generator = PipelineGenerator(job, lane, number, make_executor or functools.partial(LocalExecutor, 1), shown)
     folder = LoopFolder(Path(job.spec.output.uri))
     memory = _LazyMemory(generator, folder, lane, number)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from engine.data.images import Unusable
 from engine.data.stores.artefact_folders import publish_artefact
+from engine.data.stores.base import Store
 from engine.methods.temperature import TemperatureFit
 from engine.models.artefact_documents import document_bytes, kind_of, read_document, sealed
 from engine.models.configurations import CALIBRATION_DOCUMENT as DOCUMENT
@@ -38,7 +39,7 @@ class CalibrationFit:
     unusable: tuple[Unusable, ...]
 
 
-def save_calibration(calibration: CalibrationFit, folder: Path) -> tuple[Path, bool]:
+def save_calibration(calibration: CalibrationFit, folder: Path | Store) -> tuple[Path, bool]:
     """Store an artefact as `folder/calibration-DIGEST12`.
 
     Returns:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from engine.data.stores.base import Store
+from engine.data.stores.built_output import check_writable_output
 from engine.data.stores.folder import FolderStore
-from engine.data.stores.opening import open_store
+from engine.data.stores.opening import is_object_address, open_store
 from engine.errors import OutputError
 from engine.job.spec import JobSpec
 from engine.models.artefact_documents import kind_of
@@ -24,10 +26,33 @@ def artefact_folder(job: JobSpec, kind: str = CONDITIONING) -> Path:
     store = open_store(job.output.uri)
     if not isinstance(store, FolderStore):
         raise OutputError(
-            f"output.uri: {store.uri} is on an object store, and artefacts are written to folders; give the artefact's"
-            " folder with --output, and copy it to every machine with workers"
+            f"output.uri: {store.uri} is on an object store, and a job reads artefacts from folders; give a folder or"
+            " an address with --output, and copy the artefact to every machine with workers"
         )
     return store.root.with_name(f"{store.root.name}-{kind}")
+
+
+def open_home(job: JobSpec, output: str | None, kind: str = CONDITIONING) -> Path | Store:
+    """Where an artefact goes: a folder, or the store of an address; checked before the pass.
+
+    Args:
+        output: the folder or address; `artefact_folder(job, kind)` where not given.
+
+    Raises:
+        OutputError: it cannot be written to.
+    """
+    if output is not None and is_object_address(output):
+        store = open_store(output)
+        check_writable_output(store)
+        return store
+    folder = Path(output).expanduser() if output is not None else artefact_folder(job, kind)
+    check_writable(folder)
+    return folder
+
+
+def artefact_address(home: Path | Store, path: Path) -> str:
+    """The address of an artefact to show, by its home and its folder, or that of its copy."""
+    return home.address(path.name) if isinstance(home, Store) else str(path)
 
 
 def check_writable(folder: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine.data.images import Unusable
 from engine.data.stores.artefact_folders import publish_artefact
+from engine.data.stores.base import Store
 from engine.errors import JobError
 from engine.job.columns import MIN_ORACLE_P_LABEL
 from engine.methods.neighbours import VoteFit, fit_vote, unit_features
@@ -158,7 +159,7 @@ def _evaluation(fit: VoteFit, classes: Tensor, num_classes: int) -> VoteEvaluati
     )
 
 
-def save_neighbours(neighbours: Neighbours, folder: Path) -> tuple[Path, bool]:
+def save_neighbours(neighbours: Neighbours, folder: Path | Store) -> tuple[Path, bool]:
     """Store an artefact as `folder/neighbours-DIGEST12`.
 
     Returns:

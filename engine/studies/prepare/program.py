@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 from engine.data.images import ImageSource, open_images
-from engine.data.stores.opening import refuse_objects
 from engine.driver.executors.base import Executor
 from engine.driver.progress import Display, byte_size
 from engine.errors import JobError
@@ -31,7 +30,7 @@ from engine.studies.prepare.calibration import CalibrationFit, save_calibration
 from engine.studies.prepare.distributed_pass import observe_distributed
 from engine.studies.prepare.encoders import encoder_address, encoder_digest, is_pipeline
 from engine.studies.prepare.fitting import fit_calibration, fit_conditioning
-from engine.studies.prepare.folders import CONDITIONING, artefact_folder, check_writable
+from engine.studies.prepare.folders import CONDITIONING, artefact_address, open_home
 from engine.studies.prepare.neighbours import Neighbours, check_size, fit_neighbours, save_neighbours
 from engine.studies.prepare.observation import (
     Observations,
@@ -54,7 +53,8 @@ class Prepared:
 
     Attributes:
         content: what it holds.
-        path: its folder.
+        path: its folder; of an artefact at an address a copy, which this process removes in the end.
+        address: where it is.
         was_there: whether an equal artefact was there already.
         source: where the images came from, in words.
         encoder: whose image embeddings are described, in words; empty for a calibration.
@@ -64,6 +64,7 @@ class Prepared:
 
     content: Content
     path: Path
+    address: str
     was_there: bool
     source: str
     encoder: str
@@ -175,14 +176,12 @@ def _prepare(
     try:
         display.phase("checking models and data")
         _check_models(job, kind, encoder)
-        refuse_objects(folder or "", "--output", "an artefact")
-        home = Path(folder).expanduser() if folder is not None else artefact_folder(job, kind)
-        check_writable(home)
+        home = open_home(job, folder, kind)
         labels = tuple(target_labels(job))
         source = open_images(data, labels)
         if kind == CONDITIONING:
             encoder = encoder or encoder_address(job)
-        models = _described_models(job, kind, encoder)
+        models = described_models(job, kind, encoder)
         if kind == NEIGHBOURS and encoder and source.num_images is not None:
             check_size(source.num_images, _num_features(encoder))
         if only_large:
@@ -209,6 +208,7 @@ def _prepare(
     return Prepared(
         content=content,
         path=path,
+        address=artefact_address(home, path),
         was_there=was_there,
         source=source.kind,
         advice=source.advice,
@@ -234,7 +234,7 @@ def _check_models(job: JobSpec, kind: str, encoder: str | None) -> None:
             raise JobError([f"--encoder: {problem}" for problem in error.problems]) from None
 
 
-def _described_models(job: JobSpec, kind: str, encoder: str | None) -> dict[str, dict[str, str]]:
+def described_models(job: JobSpec, kind: str, encoder: str | None) -> dict[str, dict[str, str]]:
     """Addresses and digests of the models that an artefact depends on."""
     models = {}
     if kind != NEIGHBOURS:

@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.data.review.answers import answer_schema
 from engine.data.stores.artefact_folders import publish_artefact
-from engine.data.stores.opening import refuse_objects
+from engine.data.stores.base import Store
 from engine.driver.progress import Display
 from engine.errors import JobError
 from engine.job.spec import JobSpec
@@ -22,7 +22,7 @@ from engine.models.labels import target_labels
 from engine.studies.prepare.answer_tables import has_columns, read_answer_table
 from engine.studies.prepare.answered import AnsweredImages
 from engine.studies.prepare.answered_runs import answers_of_run
-from engine.studies.prepare.folders import artefact_folder, check_writable
+from engine.studies.prepare.folders import artefact_address, open_home
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,8 @@ class PreparedValidity:
     Attributes:
         fit: usable or not.
         answered: what it is fitted on.
-        path: its folder.
+        path: its folder; of an artefact at an address a copy, which this process removes in the end.
+        address: where it is.
         was_there: whether an equal artefact was there already.
         seconds: time from the start.
     """
@@ -40,6 +41,7 @@ class PreparedValidity:
     fit: ValidityFit
     answered: AnsweredImages
     path: Path
+    address: str
     was_there: bool
     seconds: float
 
@@ -62,9 +64,7 @@ def prepare_validity(
     try:
         display.phase("checking models and answers")
         check_oracles(job)
-        refuse_objects(folder or "", "--output", "an artefact")
-        home = Path(folder).expanduser() if folder is not None else artefact_folder(job, kind_of(DOCUMENT))
-        check_writable(home)
+        home = open_home(job, folder, kind_of(DOCUMENT))
         labels = tuple(target_labels(job))
         answered = _answered(job, answers, data, labels, display)
         display.phase("fitting")
@@ -73,7 +73,12 @@ def prepare_validity(
     finally:
         display.close()
     return PreparedValidity(
-        fit=fit, answered=answered, path=path, was_there=was_there, seconds=time.monotonic() - started
+        fit=fit,
+        answered=answered,
+        path=path,
+        address=artefact_address(home, path),
+        was_there=was_there,
+        seconds=time.monotonic() - started,
     )
 
 
@@ -96,7 +101,7 @@ def _answered(
 
 
 def save_validity(
-    fit: ValidityFit, answered: AnsweredImages, labels: tuple[str, ...], folder: Path
+    fit: ValidityFit, answered: AnsweredImages, labels: tuple[str, ...], folder: Path | Store
 ) -> tuple[Path, bool]:
     """Store an artefact as `folder/validity-DIGEST12`.
 

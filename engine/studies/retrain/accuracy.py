@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,16 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.methods.intervals import Estimate, wilson_interval
-from engine.studies.intervals import mean_interval
+from engine.studies.retrain.arm_records import BEFORE, NONE
+from engine.studies.retrain.changes import ArmChange, Right, compare_arms, rows_by_context
 
-# The target as it is; fine-tuned on real samples alone; and with generated ones.
-BEFORE, NONE, PLAIN, UNFILTERED, ACCEPTED = "before", "none", "plain", "unfiltered", "accepted"
 NO_CONTEXT = "no context"
 ALL = "all images"
 HELD_OUT = "generated, held out"
 MIN_RANKED_SAMPLES = 10
 MIN_RANKED_CONTEXTS = 3
-Right = Mapping[str, Sequence[NDArray[np.bool_]]]
 
 
 class Attempt(NamedTuple):
@@ -39,7 +37,7 @@ class AccuracyRow:
     Attributes:
         before: of the target as it is, with Wilson's interval over the images.
         accuracies: by arm, seed by seed.
-        differences: by arm, the mean paired difference to `none` with its t interval over the seeds.
+        differences: by arm, the mean paired difference to `none` with its interval over seeds and images.
     """
 
     context: str
@@ -58,12 +56,18 @@ class Comparison:
     """All arms on the test images: overall, and by context from the weakest to the strongest before.
 
     Attributes:
+        changes: of every arm against `none`, then of every arm against `before`.
         held_out: on the generated samples that none was trained on; None where there are none.
     """
 
     overall: AccuracyRow
     contexts: tuple[AccuracyRow, ...]
+    changes: tuple[ArmChange, ...]
     held_out: AccuracyRow | None = None
+
+    def change(self, arm: str, base: str) -> ArmChange:
+        """What an arm changes against another."""
+        return next(change for change in self.changes if (change.arm, change.base) == (arm, base))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,42 +109,52 @@ class ErrorAgreement:
         return sum(row.is_ranked for row in self.rows)
 
 
-def compare(right: Right, contexts: Sequence[tuple[str, ...]], held_out: Right | None = None) -> Comparison:
+def compare(
+    right: Right, contexts: Sequence[tuple[str, ...]], held_out: Right | None = None, origins: Sequence[str] = ()
+) -> Comparison:
     """Figures of all arms.
 
     Args:
         right: by arm and seed, whether the prediction of each test image is right, [N]; of `before` once.
         contexts: of each test image; an image without any only counts overall.
         held_out: as `right`, of the generated samples that are held out of training.
+        origins: of each test image, as `compare_arms` takes them.
     """
-    rows_of: dict[str, list[int]] = defaultdict(list)
-    for row, tags in enumerate(contexts):
-        for tag in dict.fromkeys(tags):
-            rows_of[tag].append(row)
-    rows = [_row(tag, right, np.array(members)) for tag, members in rows_of.items()]
+    pairs = [(arm, base) for base in (NONE, BEFORE) for arm in right if arm not in (base, BEFORE)]
+    changes = tuple(compare_arms(right, contexts, arm=arm, base=base, origins=origins) for arm, base in pairs)
+    to_none = [change for change in changes if change.base == NONE]
+    differences = {
+        row.context: {change.arm: change.contexts[place].change for change in to_none}
+        for place, row in enumerate(changes[0].contexts)
+    }
+    rows = [_row(tag, right, members, differences[tag]) for tag, members in rows_by_context(contexts).items()]
     return Comparison(
-        overall=_row(ALL, right, np.arange(len(contexts))),
-        held_out=_row(HELD_OUT, held_out, np.arange(len(held_out[BEFORE][0]))) if held_out else None,
+        overall=_row(ALL, right, np.arange(len(contexts)), {change.arm: change.overall for change in to_none}),
+        held_out=_held_out_row(held_out) if held_out else None,
         contexts=tuple(sorted(rows, key=lambda row: (row.before.value, row.context))),
+        changes=changes,
     )
 
 
-def _row(context: str, right: Right, members: NDArray[np.int64]) -> AccuracyRow:
+def _held_out_row(right: Right) -> AccuracyRow:
+    """Figures of the generated samples that are held out."""
+    samples = np.arange(len(right[BEFORE][0]))
+    arms = [arm for arm in right if arm not in (BEFORE, NONE)]
+    differences = {arm: compare_arms(right, [()] * len(samples), arm=arm, base=NONE).overall for arm in arms}
+    return _row(HELD_OUT, right, samples, differences)
+
+
+def _row(context: str, right: Right, members: NDArray[np.int64], differences: dict[str, Estimate]) -> AccuracyRow:
     before = right[BEFORE][0][members]
-    accuracies = {
-        arm: tuple(float(of_seed[members].mean()) for of_seed in seeds) for arm, seeds in right.items() if arm != BEFORE
-    }
-    differences = {
-        # Rounded, so that differences of equally many images are equal. Over seeds of training, with the images fixed.
-        arm: mean_interval([round(ours - base, 12) for ours, base in zip(values, accuracies[NONE], strict=True)])
-        for arm, values in accuracies.items()
-        if arm != NONE
-    }
     return AccuracyRow(
         context=context,
         num_images=len(members),
         before=wilson_interval(int(before.sum()), len(members)),
-        accuracies=accuracies,
+        accuracies={
+            arm: tuple(float(of_seed[members].mean()) for of_seed in seeds)
+            for arm, seeds in right.items()
+            if arm != BEFORE
+        },
         differences=differences,
     )
 
@@ -188,8 +202,6 @@ def context_name(context: str) -> str:
 
 
 def points(difference: Estimate) -> str:
-    """A difference of shares with its interval over the seeds, in percentage points."""
+    """A difference of shares with its interval, in percentage points."""
     value, low, high = (round(100 * share, 1) + 0.0 for share in (difference.value, difference.low, difference.high))
-    # Shares of few images may agree by chance in all seeds; an interval without a width would suggest certainty.
-    interval = "in every seed" if difference.is_degenerate else f"{low:+.1f} to {high:+.1f}"
-    return f"{value:+.1f} ({interval})"
+    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"

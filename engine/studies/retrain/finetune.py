@@ -14,12 +14,13 @@ from torch.nn.functional import cross_entropy
 
 from engine.errors import JobError
 from engine.models.kernels import full_float32
+from engine.studies.retrain.protection import Distillation
 
 WARM_UP_SHARE = 0.1
 MAX_GRAD_NORM = 1.0
 PREDICT_ROWS = 256
 # Streams of random numbers of a seed.
-REAL_STREAM, GENERATED_STREAM, CHOICE_STREAM = range(3)
+REAL_STREAM, GENERATED_STREAM, CHOICE_STREAM, CHANGE_STREAM = range(4)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +36,14 @@ class Samples:
     def take(self, rows: Tensor) -> Samples:
         """The given rows."""
         return Samples(self.pixels[rows], self.targets[rows])
+
+    def to(self, device: torch.device) -> Samples:
+        """The same on a device."""
+        return Samples(self.pixels.to(device), self.targets.to(device))
+
+
+# From the network in training mode, a batch and random numbers to the batch that it is trained on.
+BatchChange = Callable[[Any, Samples, np.random.Generator], Samples]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +69,8 @@ def fine_tune(
     seed: int,
     on_cpu: bool,
     advance: Callable[[], None],
+    change: BatchChange | None = None,
+    distillation: Distillation | None = None,
 ) -> Any:
     """Train a network in place, and return it in evaluation mode.
 
@@ -72,6 +83,8 @@ def fine_tune(
         generated: None for real samples alone.
         on_cpu: whether to train on the CPU even where there is a GPU.
         advance: called after every step.
+        change: of every batch, where nothing is generated.
+        distillation: toward an old network on the same device, on the real images of a batch, unchanged.
 
     Raises:
         JobError: the loss is not finite.
@@ -86,12 +99,19 @@ def fine_tune(
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
     model, optimizer, schedule = accelerator.prepare(network.train(), optimizer, schedule)
     total_loss = torch.zeros((), device=accelerator.device)
+    num_real = recipe.batch_size - (0 if generated is None else recipe.num_generated)
+    rng = _stream(seed, CHANGE_STREAM)
     # Dropout and similar layers draw from the global stream, which is restored afterwards.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for batch in _batches(real, generated, recipe, seed):
-            logits = model(batch.pixels.to(accelerator.device)).float()
-            loss = cross_entropy(logits, batch.targets.to(accelerator.device))
+            batch = batch.to(accelerator.device)
+            given = change(model, batch, rng) if change else batch
+            logits = model(given.pixels).float()
+            loss = cross_entropy(logits, given.targets)
+            if distillation:
+                pixels = batch.pixels[:num_real]
+                loss = loss + distillation.loss(pixels, model(pixels).float() if change else logits[:num_real])
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
             optimizer.step()

@@ -35,6 +35,7 @@ class ImageSet:
         classes: [N] class indices.
         contexts: of each image, those that it belongs to.
         keys: of each image, a digest of its pixels.
+        origins: of each image, what it was made of; its own key where that is not known.
         unusable: what could not be used, in the order of the source.
         kind: of the source, in words.
     """
@@ -43,6 +44,7 @@ class ImageSet:
     classes: Tensor
     contexts: tuple[tuple[str, ...], ...]
     keys: tuple[bytes, ...]
+    origins: tuple[str, ...]
     unusable: tuple[Unusable, ...]
     kind: str
 
@@ -55,18 +57,22 @@ class ImageSet:
         rows = sorted(zip(self.classes.tolist(), self.keys, strict=True))
         return hashlib.sha256(b"".join(f"{index}:".encode() + key for index, key in rows)).hexdigest()[:32]
 
-    def without(self, usable: Tensor, reason: str) -> ImageSet:
-        """The images where `usable` [N] is true; the others are unusable for this reason."""
-        rows = usable.nonzero()[:, 0].tolist()
-        gone = (~usable).nonzero()[:, 0].tolist()
+    def take(self, rows: Sequence[int]) -> ImageSet:
+        """The images of some rows."""
         return dataclasses.replace(
             self,
-            pixels=self.pixels[rows],
-            classes=self.classes[rows],
+            pixels=self.pixels[list(rows)],
+            classes=self.classes[list(rows)],
             contexts=tuple(self.contexts[row] for row in rows),
             keys=tuple(self.keys[row] for row in rows),
-            unusable=(*self.unusable, *(Unusable(f"image {row + 1} of the readable ones", reason) for row in gone)),
+            origins=tuple(self.origins[row] for row in rows),
         )
+
+    def without(self, usable: Tensor, reason: str) -> ImageSet:
+        """The images where `usable` [N] is true; the others are unusable for this reason."""
+        gone = (~usable).nonzero()[:, 0].tolist()
+        lost = (Unusable(f"image {row + 1} of the readable ones", reason) for row in gone)
+        return dataclasses.replace(self.take(usable.nonzero()[:, 0].tolist()), unusable=(*self.unusable, *lost))
 
     def named(self, name: Callable[[str], str]) -> ImageSet:
         """The images with other names of their contexts."""
@@ -124,6 +130,7 @@ def read_images(
     """
     stack = _Stack(f"{option}: '{address}'", preprocessing)
     classes, contexts, keys, unusable = list[int](), list[tuple[str, ...]](), list[bytes](), list[Unusable]()
+    origins = list[str]()
     for item in source.read():
         if isinstance(item, Unusable):
             unusable.append(item)
@@ -132,6 +139,7 @@ def read_images(
         classes.append(item.class_index)
         contexts.append(item.contexts)
         keys.append(image_key(item.image))
+        origins.append(item.origin or keys[-1].hex())
         display.advance(f"reading {option}: {len(keys)}{f'/{source.num_images}' if source.num_images else ''} images")
     if not keys:
         raise JobError(nothing_usable(source, option, address, unusable))
@@ -140,6 +148,7 @@ def read_images(
         classes=torch.tensor(classes),
         contexts=tuple(contexts),
         keys=tuple(keys),
+        origins=tuple(origins),
         unusable=tuple(unusable),
         kind=source.kind,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from engine.data.images import ImageSource
 from engine.data.run.file_names import RESCORED
 from engine.data.stores.base import Store
 from engine.data.stores.folder import FolderStore
-from engine.data.stores.opening import refuse_objects
+from engine.data.stores.opening import is_object_address, open_store
 from engine.driver.progress import Display
 from engine.errors import JobError, OutputError
 from engine.methods.finiteness import LOGITS_FAULT, usable_logits
@@ -25,7 +25,7 @@ from engine.models.library_logging import quiet_libraries
 from engine.models.preprocessing import Preprocessing
 from engine.models.programs import is_program
 from engine.models.trainable import Trainable, load_trainable
-from engine.studies.output_folders import check_folder
+from engine.studies.output_folders import check_results
 from engine.studies.retrain.arms import Arms, choose_arms, make_arms
 from engine.studies.retrain.finetune import predict, training_device
 from engine.studies.retrain.held_out import FEW_HELD_OUT
@@ -49,7 +49,7 @@ class Study:
     Attributes:
         plain, risky: names of the requests of either kind.
         labels: class names of the target in index order.
-        home: the folder of the results.
+        home: where the results go.
     """
 
     run: StudiedRun
@@ -57,7 +57,7 @@ class Study:
     plain: list[str]
     risky: list[str]
     labels: tuple[str, ...]
-    home: Path
+    home: Store
 
     @property
     def on_cpu(self) -> bool:
@@ -88,9 +88,9 @@ def check_study(uri: str, options: RetrainOptions, folder: str | None) -> Study:
     run = open_study(uri)
     check_target(run)
     home = _home(run.store, folder)
-    check_folder(home, DOCUMENT, (DOCUMENT, MODEL, RESCORED), STUDY)
+    check_results(home.uri, DOCUMENT, (DOCUMENT, MODEL, RESCORED), STUDY)
     plain, risky = choose_arms(run, options)
-    _check_apart(home, run)
+    _check_apart(home.place, run)
     labels = tuple(read_labels(run.job.models.target) or ())
     return Study(run=run, options=options, plain=plain, risky=risky, labels=labels, home=home)
 
@@ -108,19 +108,19 @@ def read_material(
     address = study.run.job.models.target
     target = load_trainable(address, str(training_device(study.on_cpu)))
     preprocessing = target.preprocessing
-    scorable = _Scorable(target.network, address, display)
+    scorable = Scorable(target.network, address, display)
     display.phase("reading samples and images")
     generated = _read_generated(study, preprocessing, scorable, display)
 
-    contexts = {_plain_context(text): text for request in study.run.job.requests for text in request.contexts or ()}
+    contexts = {plain_context(text): text for request in study.run.job.requests for text in request.contexts or ()}
 
     def read(source: ImageSource, option: str, address: str) -> ImageSet:
         images = read_images(source, option, address, preprocessing, display)
-        return scorable.of(images.named(lambda text: contexts.get(_plain_context(text), text)), option)
+        return scorable.of(images.named(lambda text: contexts.get(plain_context(text), text)), option)
 
     options = study.options
     material = Material(
-        arms=make_arms(study.run, generated, study.plain, study.risky, options.held_out),
+        arms=make_arms(study.run, generated, study.plain, study.risky, options.held_out, options.arms, target.network),
         generated=generated,
         real=read(real, "--real", options.real),
         test=read(test, "--test", options.test),
@@ -134,12 +134,12 @@ def read_material(
     return material
 
 
-def _plain_context(text: str) -> str:
+def plain_context(text: str) -> str:
     """A context for comparisons with those of the run: folders may be named in other ways than prompts."""
     return " ".join(unicodedata.normalize("NFC", text).replace("_", " ").casefold().split())
 
 
-def _read_generated(study: Study, preprocessing: Preprocessing, scorable: _Scorable, display: Display) -> GeneratedSet:
+def _read_generated(study: Study, preprocessing: Preprocessing, scorable: Scorable, display: Display) -> GeneratedSet:
     """The stored samples of the studied requests, without those that the target has no finite scores for."""
     names = list(dict.fromkeys([*study.plain, *study.risky]))
     generated = read_generated(
@@ -175,7 +175,7 @@ def _note_limitations(material: Material, options: RetrainOptions, display: Disp
     arms = material.arms
     for arm, reason in arms.left_out.items():
         display.notice(f"arm {arm} is left out: {reason}")
-    if arms.num_samples < FEW_SAMPLES:
+    if arms.counts and arms.num_samples < FEW_SAMPLES:
         display.notice(f"each arm has only {arms.num_samples} generated samples; differences may be chance")
     if options.held_out and len(arms.held_out) < FEW_HELD_OUT:
         display.notice(
@@ -186,7 +186,7 @@ def _note_limitations(material: Material, options: RetrainOptions, display: Disp
         display.notice("--labels soft: all samples are of single classes, whose soft labels are the hard ones")
 
 
-class _Scorable:
+class Scorable:
     """Leaves out, with a notice, images for which the target gives non-finite values: they would count as errors."""
 
     def __init__(self, network: Any, address: str, display: Display) -> None:
@@ -226,24 +226,23 @@ def _check_sizes(material: Material, options: RetrainOptions) -> None:
             )
 
 
-def _home(store: Store, folder: str | None) -> Path:
-    """The folder of the results, absolute.
+def _home(store: Store, folder: str | None) -> Store:
+    """Where the results go; a folder is absolute.
 
     Raises:
-        RiskforgeError: it is on an object store, or cannot be resolved.
+        RiskforgeError: the address or the folder cannot be.
     """
-    if folder is None:
-        if not isinstance(store, FolderStore):
-            raise OutputError(f"--output: say where the results of {store.uri} go; they are written to folders alone")
-        return store.place.with_name(f"{store.place.name}-retrained")
-    refuse_objects(folder, "--output", "a retraining")
+    if folder is None and isinstance(store, FolderStore):
+        return FolderStore(store.place.with_name(f"{store.place.name}-retrained"))
+    if folder is None or is_object_address(folder):
+        return open_store(folder or f"{store.uri}-retrained")
     try:
-        return Path(folder).expanduser().resolve()
+        return FolderStore(Path(folder).expanduser().resolve())
     except (OSError, RuntimeError, ValueError) as error:
         raise JobError(f"--output: '{folder}' cannot be looked at ({error}); choose another") from None
 
 
-def _check_apart(home: Path, run: StudiedRun) -> None:
+def _check_apart(home: PurePath, run: StudiedRun) -> None:
     """Check that the results replace neither the run nor its target."""
     address = run.job.models.target
     target = as_factory_folder(address) or (None if is_program(address) else resolve(address))

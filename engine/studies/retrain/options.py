@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 
 from engine.errors import JobError
+from engine.studies.retrain.arm_records import DEFAULT_ARMS, PROTECT_NOTHING, Protection, parse_arm
+from engine.studies.retrain.batch_changes import PGD_EPS, PGD_STEPS, Attack, Augmentation
 from engine.studies.retrain.finetune import Recipe
 
 MAX_BATCH = 65_536
@@ -25,6 +27,10 @@ class RetrainOptions:
         calibrate: images for fitting the model's temperature, which neither it nor the target was trained on; without
             them the target's temperature is kept.
         held_out: share of the accepted samples that no network is trained on, and that are tested; 0 for none.
+        arms: what to compare with fine-tuning on real images alone, as `parse_arm` takes them.
+        protect, protect_weight: how to keep what the target could, as in `Protection`, for all arms alike.
+        flips: whether the arm `augment` mirrors images.
+        pgd_eps, pgd_steps: of the attack of the arm `pgd`.
     """
 
     real: str
@@ -39,6 +45,27 @@ class RetrainOptions:
     batch_size: int = 64
     learning_rate: float = 3e-4
     held_out: float = 0.2
+    arms: tuple[str, ...] = DEFAULT_ARMS
+    protect: str = PROTECT_NOTHING
+    protect_weight: float | None = None
+    flips: bool = False
+    pgd_eps: float = PGD_EPS
+    pgd_steps: int = PGD_STEPS
+
+    @property
+    def protection(self) -> Protection:
+        """How what the target could is kept."""
+        return Protection(kind=self.protect, strength=self.protect_weight)
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """What the arm `augment` does."""
+        return Augmentation(flips=self.flips)
+
+    @property
+    def attack(self) -> Attack:
+        """What the arm `pgd` does."""
+        return Attack(eps=self.pgd_eps, num_steps=self.pgd_steps)
 
     @property
     def recipe(self) -> Recipe:
@@ -81,5 +108,11 @@ class RetrainOptions:
             )
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             problems.append(f"--learning-rate: {self.learning_rate:g} is not a positive number; give one, as 0.001")
+        for arm in self.arms:
+            try:
+                parse_arm(arm)
+            except JobError as error:
+                problems += error.problems
+        problems += self.protection.problems() + self.attack.problems()
         if problems:
             raise JobError(problems)

@@ -25,7 +25,7 @@ def retrain(uri: str, options: RetrainOptions, *, display: Display, folder: str 
 
     Args:
         uri: folder of the run.
-        folder: where the results go; `RUN-retrained`, next to the run, where not given.
+        folder: where the results go, a folder or an address; `RUN-retrained`, next to the run, where not given.
 
     Raises:
         RiskforgeError: options, run, target, images or folder are not as they must be.

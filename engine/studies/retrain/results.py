@@ -13,7 +13,8 @@ from typing import Any
 from engine.data.run.file_names import RESCORED
 from engine.data.run.manifest import software_versions
 from engine.data.run.outcomes import asked_classes, target_errs
-from engine.data.stores.fresh_folder import fresh_folder
+from engine.data.stores.base import Store
+from engine.data.stores.built_output import built_output
 from engine.driver.progress import Display
 from engine.job.columns import ASKED, ERRS, NO_CLASS
 from engine.job.records import STATUS_FAILED
@@ -22,13 +23,14 @@ from engine.models.classifier import Classifier
 from engine.models.digests import model_digest
 from engine.models.trainable import Trainable
 from engine.studies.rescore.program import Rescored, rescore_run, rescored_document
-from engine.studies.retrain.accuracy import ACCEPTED, Attempt, Comparison, ErrorAgreement, compare, compare_errors
+from engine.studies.retrain.accuracy import Attempt, Comparison, ErrorAgreement, compare, compare_errors
 from engine.studies.retrain.arms import Arms
+from engine.studies.retrain.changes import ArmChange
 from engine.studies.retrain.findings import findings
 from engine.studies.retrain.image_tensors import ImageSet
 from engine.studies.retrain.inputs import DOCUMENT, MODEL, STUDY, Material, Study
 from engine.studies.retrain.training import Tested, finite_logits
-from engine.studies.samples import StudiedRun, read_attempts
+from engine.studies.samples import StudiedRun, depends_on_context_alone, read_attempts
 
 DOCUMENT_VERSION = 1
 MAX_LISTED = 1000
@@ -39,14 +41,14 @@ class Retrained:
     """The results of a retraining.
 
     Attributes:
-        path: its folder.
+        store: where it is.
         document: the content of `retrain.json`.
         agreement: of errors on generated samples and on test images.
         findings: in words.
         rescored: the samples of the run under the new model.
     """
 
-    path: Path
+    store: Store
     document: dict[str, Any]
     comparison: Comparison
     agreement: ErrorAgreement
@@ -54,35 +56,43 @@ class Retrained:
     findings: list[str]
     rescored: Rescored
 
+    @property
+    def path(self) -> Path:
+        """Its folder, where that is on this machine."""
+        return Path(self.store.uri)
+
 
 def write_results(
     study: Study, material: Material, tested: Tested, kept: Any, started: float, display: Display
 ) -> Retrained:
     """Compute figures and findings, and publish the folder with document and model."""
-    comparison = compare(tested.right, material.test.contexts, tested.held_out)
+    main = material.arms.main
+    comparison = compare(tested.right, material.test.contexts, tested.held_out, material.test.origins)
     agreement = compare_errors(_attempts(study.run, _unguided(study)), comparison)
     overlap = len(set(material.test.keys) & set(material.real.keys))
-    sentences = findings(comparison, agreement) + _dependences(study, overlap)
+    sentences = findings(comparison, agreement, main) + _dependences(study, overlap)
     temperature, fit = _temperature(study, material, kept)
     document = _describe_study(study, material) | {
         "images_in_both": overlap,
         "overall": dataclasses.asdict(comparison.overall),
         "held_out": dataclasses.asdict(comparison.held_out) if comparison.held_out else None,
         "contexts": [dataclasses.asdict(row) for row in comparison.contexts],
+        "changes": [_describe_change(change) for change in comparison.changes],
         "found": dataclasses.asdict(agreement) | {"num_ranked": agreement.num_ranked},
         "findings": sentences,
         "temperature": {"used": temperature, "fit": dataclasses.asdict(fit) if fit else None},
     }
-    with fresh_folder(study.home) as built:
+    with built_output(study.home, STUDY, DOCUMENT, display.notice) as output:
+        built = output.path
         digest = _save_model(kept, material.target, temperature, built / MODEL)
         rescored = _rescore(study, built, display)
         document["rescore"] = rescored_document(rescored) | {"folder": RESCORED}
-        document["model"] = {"arm": ACCEPTED, "seed": 0, "digest": digest}
+        document["model"] = {"arm": main, "seed": 0, "digest": digest}
         document["timing"] = {"seconds": time.monotonic() - started, "finished": time.time()}
         text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
         (built / DOCUMENT).write_text(f"{text}\n", encoding="utf-8")
     return Retrained(
-        path=study.home,
+        store=study.home,
         document=document,
         comparison=comparison,
         agreement=agreement,
@@ -99,11 +109,11 @@ def _rescore(study: Study, built: Path, display: Display) -> Rescored:
         study.run.store.uri,
         str(built / MODEL),
         output=str(built / RESCORED),
-        named=str(study.home / MODEL),
+        named=study.home.address(MODEL),
         advance=display.advance,
         notice=display.notice,
     )
-    return dataclasses.replace(rescored, folder=str(study.home / RESCORED))
+    return dataclasses.replace(rescored, folder=study.home.address(RESCORED))
 
 
 def _describe_study(study: Study, material: Material) -> dict[str, Any]:
@@ -119,6 +129,7 @@ def _describe_study(study: Study, material: Material) -> dict[str, Any]:
         "arms": {
             "available": {arm: len(rows) for arm, rows in arms.pools.items()},
             "samples_of_each": arms.num_samples,
+            "samples": arms.counts,
             "left_out": arms.left_out,
             "held_out": len(arms.held_out),
         },
@@ -127,22 +138,24 @@ def _describe_study(study: Study, material: Material) -> dict[str, Any]:
             "test": _describe_images(options.test, material.test),
             **_describe_calibration(options.calibrate, material.calibration),
         },
+        "protection": dataclasses.asdict(options.protection) | {"strength": options.protection.used},
         "seeds": list(range(options.num_seeds)),
         "versions": software_versions(),
     }
 
 
+def _describe_change(change: ArmChange) -> dict[str, Any]:
+    return dataclasses.asdict(change) | {
+        "weak": [row.context for row in change.weak],
+        "worse": [row.context for row in change.worse],
+    }
+
+
 def _unguided(study: Study) -> list[str]:
-    """The studied requests whose errors depend on the context alone: guidance and screening make errors everywhere."""
+    """The studied requests whose errors depend on the context alone."""
     named = {*study.plain, *study.risky}
-    return [
-        request.name
-        for request in study.run.job.requests
-        if request.name in named
-        and not request.method_record.is_guided
-        and request.boundary is None
-        and not (request.conditioning and request.conditioning.is_screened)
-    ]
+    requests = study.run.job.requests
+    return [request.name for request in requests if request.name in named and depends_on_context_alone(request)]
 
 
 def _attempts(run: StudiedRun, requests: list[str]) -> Iterator[Attempt]:

@@ -9,19 +9,21 @@ from rich.table import Table
 from rich.text import Text
 
 from engine.driver.progress import ABSENT, MAX_GROUP_ROWS
-from engine.studies.retrain.accuracy import ACCEPTED, BEFORE, NONE, Comparison, ErrorAgreement, context_name, points
+from engine.methods.intervals import LEVEL
+from engine.studies.retrain.accuracy import Comparison, ErrorAgreement, context_name, points
+from engine.studies.retrain.arm_records import BEFORE, NONE
 
 if TYPE_CHECKING:
     from engine.methods.intervals import Estimate
 
 
-def accuracy_table(comparison: Comparison) -> Table:
-    """Accuracy by context, arms as columns, the weakest contexts first."""
+def accuracy_table(comparison: Comparison, main: str) -> Table:
+    """Accuracy by context, arms as columns, the weakest contexts first, and what the main arm changes."""
     arms = list(comparison.overall.accuracies)
     table = _table(
         "Accuracy on the test images: before with Wilson's interval, arms as means over the seeds, difference with its"
-        " interval over the seeds",
-        ["context", "images", BEFORE, *arms, f"{ACCEPTED} - {NONE}, points"],
+        " interval over seeds and images",
+        ["context", "images", BEFORE, *arms, f"{main} - {NONE}, points"],
         len(comparison.contexts),
     )
     generated = [comparison.held_out] if comparison.held_out else []
@@ -31,8 +33,23 @@ def accuracy_table(comparison: Comparison) -> Table:
             str(row.num_images),
             _share(row.before),
             *(f"{row.mean(arm):.1%}" for arm in arms),
-            points(row.differences[ACCEPTED]),
+            points(row.differences[main]),
         )
+    return table
+
+
+def change_table(comparison: Comparison) -> Table:
+    """What each arm changes on all images, in the weak contexts and in the others, against both baselines."""
+    table = _table(
+        "Changes in points, with intervals over seeds and images; worse: other contexts that are significantly worse"
+        f" (Holm, {1 - LEVEL:.2f})",
+        ["arm", "less", "all images", "weak contexts", "other contexts", "worse"],
+        0,
+    )
+    for change in comparison.changes:
+        weak, others = (points(mean) if mean else ABSENT for mean in (change.gain, change.others))
+        worse = f"{len(change.worse)} of {len(change.rest)}"
+        table.add_row(change.arm, change.base, points(change.overall), weak, others, worse)
     return table
 
 
@@ -59,7 +76,7 @@ def _table(title: str, names: list[str], num_rows: int) -> Table:
         title += f" ({MAX_GROUP_ROWS} of {num_rows} contexts; all are in retrain.json)"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in names:
-        table.add_column(name, justify="left" if name == "context" else "right")
+        table.add_column(name, justify="left" if name in ("context", "arm", "less") else "right")
     return table
 
 

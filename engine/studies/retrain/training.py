@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,10 +15,12 @@ from torch import Tensor
 from engine.driver.progress import Display, duration
 from engine.errors import JobError
 from engine.methods.finiteness import LOGITS_FAULT, usable_logits
-from engine.studies.retrain.accuracy import ACCEPTED, BEFORE, NONE
-from engine.studies.retrain.finetune import Samples, choose_rows, fine_tune, predict
+from engine.studies.retrain.arm_records import BEFORE
+from engine.studies.retrain.arms import draw_samples
+from engine.studies.retrain.finetune import predict
 from engine.studies.retrain.inputs import Material, Study
 from engine.studies.retrain.options import RetrainOptions
+from engine.studies.retrain.trainer import ArmTrainer
 
 Progress = Callable[[str, int], Callable[[], None]]
 
@@ -54,37 +55,33 @@ def train_arms(study: Study, material: Material, display: Display) -> tuple[Test
     """Fine-tune in all arms and seeds.
 
     Returns:
-        What each is right on, and the network of arm `accepted` and the first seed.
+        What each is right on, and the network of the main arm and the first seed.
     """
-    options, network = study.options, material.target.network
-    training, progress = (
-        material.real.samples(material.num_classes),
-        _progress(options, 1 + len(material.arms.pools), display),
-    )
+    options, arms = study.options, material.arms
+    trainer, progress = _trainer(study, material), _progress(options, len(arms.names), display)
     tested, kept = Tested(), None
-    tested.add(BEFORE, network, material, BEFORE)
+    tested.add(BEFORE, trainer.network, material, BEFORE)
     for seed in range(options.num_seeds):
-        for arm in (NONE, *material.arms.pools):
-            trained = fine_tune(
-                copy.deepcopy(network),
-                training,
-                _drawn(material, arm, seed),
-                options.recipe,
-                seed=seed,
-                on_cpu=study.on_cpu,
-                advance=progress(arm, seed),
-            )
+        for arm in arms.names:
+            generated = draw_samples(material.generated, arms, arm, seed)
+            trained = trainer.train(arm, generated, seed=seed, advance=progress(arm, seed))
             tested.add(arm, trained, material, f"{arm}, seed {seed + 1}")
-            kept = trained if (arm, seed) == (ACCEPTED, 0) else kept
+            kept = trained if (arm, seed) == (arms.main, 0) else kept
     return tested, kept
 
 
-def _drawn(material: Material, arm: str, seed: int) -> Samples | None:
-    """The generated samples of an arm: as many as the smallest pool has, drawn with the seed."""
-    if arm == NONE:
-        return None
-    pool = material.arms.pools[arm]
-    return material.generated.samples.take(pool[choose_rows(len(pool), material.arms.num_samples, seed)])
+def _trainer(study: Study, material: Material) -> ArmTrainer:
+    options = study.options
+    return ArmTrainer(
+        network=material.target.network,
+        real=material.real.samples(material.num_classes),
+        recipe=options.recipe,
+        bounds=material.target.preprocessing.bounds,
+        protection=options.protection,
+        augmentation=options.augmentation,
+        attack=options.attack,
+        on_cpu=study.on_cpu,
+    )
 
 
 def finite_logits(network: Any, pixels: Tensor, what: str) -> Tensor:

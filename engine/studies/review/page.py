@@ -12,11 +12,14 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.data.review.answers import PAIR
 from engine.errors import JobError
 from engine.studies.review.design import NUM_FILE_ORDERS, Design, Item, ItemImage, order_of
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 FORMAT = "riskforge-review"
 FORMAT_VERSION = 1
@@ -141,19 +144,26 @@ def file_page(design: Design, rater: str, png: Callable[[ItemImage], bytes]) -> 
 
 def _page(config: dict[str, Any], images: dict[str, str]) -> tuple[bytes, str, str]:
     """The document, and the digests of its script and style for a content policy."""
-    import jinja2
     from markupsafe import Markup
 
     script, style = _text("page.js"), _text("page.css")
     digests = [
         f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}" for text in (script, style)
     ]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    page = environment.from_string(_text("page.html.j2")).render(
+    page = _template().render(
         script=Markup(script), style=Markup(style), script_hash=digests[0], style_hash=digests[1],
         is_file=config["is_file"], config=Markup(_script_json(config)), images=Markup(_script_json(images)),
     )  # fmt: skip
     return page.encode(), digests[0], digests[1]
+
+
+@functools.cache
+def _template() -> Template:
+    """The document; it is compiled once in a process."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(_text("page.html.j2"))
 
 
 @functools.cache
