@@ -15,7 +15,21 @@ from typing import Annotated, Any, TextIO
 import typer
 
 import engine
-from engine.commands import comparison, curation, datasets, jobs, loops, review, runs, studies
+from engine.commands import (
+    ablations,
+    comparison,
+    curation,
+    datasets,
+    jobs,
+    loops,
+    push,
+    review,
+    rounds,
+    runs,
+    studies,
+    sweeps,
+    transfer,
+)
 from engine.commands.output import complain
 from engine.errors import EXIT_DRAINED, EXIT_USER, JobError, RiskforgeError, RunWarning
 from engine.terminal import open_closed_streams, printable, redacted
@@ -150,9 +164,11 @@ def root(
 for _command in (
     runs.run, runs.retry, runs.status, runs.verify, runs.repair, jobs.plan, jobs.prepare, studies.retrain,
     studies.evaluate, curation.curate, comparison.rescore, comparison.compare, jobs.schema, runs.report,
-    review.review, datasets.inspect, datasets.merge, datasets.export,
+    review.review, datasets.inspect, datasets.merge, datasets.export, push.push,
 ):  # fmt: skip
     app.command()(_command)
+for _study in (sweeps.sweep, transfer.transfer, ablations.ablate, rounds.rounds):
+    loops.study.command()(_study)
 app.add_typer(loops.study)
 
 if __name__ == "__main__":

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from boundary_figures import joint_requests
+import PIL.Image
 from numpy.typing import NDArray
 
+from engine.data.images import decode_rgb
+from engine.data.run.counts import is_joint
+from engine.data.run.shards import read_shard
 from engine.generation.decoder_advice import PRICE_FILE
 from engine.methods.scores import kldb
 from engine.models.classifier import Classifier
@@ -25,6 +28,16 @@ from engine.models.library_logging import quiet_libraries
 
 NUM_RESAMPLES = 10_000
 Values = NDArray[np.float64]
+
+
+def joint_requests(run: Path) -> dict[str, tuple[list[int], list[PIL.Image.Image]]]:
+    """Subset and images of every request with a joint prompt."""
+    requests: dict[str, tuple[list[int], list[PIL.Image.Image]]] = {}
+    for path in sorted(run.glob("shards/*.tar")):
+        for key, data, record, _ in read_shard(path):
+            if is_joint(key):
+                requests.setdefault(record["request"], (record["kldb_classes"], []))[1].append(decode_rgb(data))
+    return requests
 
 
 def kldb_of(run: Path, request: str, address: str) -> Values:

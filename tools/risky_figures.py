@@ -1,10 +1,9 @@
 """Does risk guidance work? Errors, agreement of the oracle, dial and conformity of a run's requests, from its metadata.
 
-    uv run python tools/risky_figures.py RUN [--figure docs/risky-sweep.png] [--by-class REQUEST]
+    uv run python tools/risky_figures.py RUN [--by-class REQUEST]
 
 Prints a Markdown table with 95 % Wilson intervals, over all scored samples. A valid failure is a sample on which the
-target errs while the oracle, which guided nothing, reads the conditioned class. With --figure, requests with the
-paper's step are drawn by scale and weight of conformity.
+target errs while the oracle, which guided nothing, predicts the conditioned class.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from numpy.typing import NDArray
 from engine.job.records import STATUS_FAILED
 from engine.job.spec import JobSpec
 from engine.methods.intervals import wilson_interval
-from engine.methods.risky.spec import RiskyGuidanceSpec
 
 COLUMNS = (
     "request", "status", "class_name", "class_index", "is_error", "oracle_class", "risk", "conformity", "screened",
@@ -110,47 +108,16 @@ def print_classes(request: str, rows: Rows) -> None:
         print(f"| {name} | {len(own.risk)} | {share(own.agrees)} | {share(own.valid)} | {spread(own.risk)} |")
 
 
-def draw(requests: dict[str, Rows], job: JobSpec, path: Path) -> None:
-    """Error rate, conformity and valid failures against the scale, a line for each weight of conformity."""
-    import matplotlib.pyplot as plt
-
-    by_weight: dict[float, list[tuple[float, Rows]]] = {}
-    for request in job.requests:
-        spec = job.parameters_of(request)
-        if isinstance(spec, RiskyGuidanceSpec) and spec.step == "paper" and request.name in requests:
-            by_weight.setdefault(spec.conformity_weight, []).append((spec.scale, requests[request.name]))
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    unguided = [(scale, rows) for some in by_weight.values() for scale, rows in some if scale == 0]
-    for weight, some in sorted(by_weight.items()):
-        points = sorted([*unguided, *(one for one in some if one[0] > 0)], key=lambda one: one[0])
-        scales = [scale for scale, _ in points]
-        label = f"λ = {weight:g}"
-        for axis, flags in ((axes[0], "error"), (axes[2], "valid")):
-            found = [wilson_interval(int(getattr(rows, flags).sum()), len(rows.risk)) for _, rows in points]
-            bars = [[one.value - one.low for one in found], [one.high - one.value for one in found]]
-            axis.errorbar(scales, [one.value for one in found], yerr=bars, marker="o", capsize=2, label=label)
-        axes[1].plot(scales, [np.median(rows.conformity) for _, rows in points], marker="o", label=label)
-    for axis, title in zip(axes, ("target errs", "conformity, median", "valid failures"), strict=True):
-        axis.set(title=title, xlabel="scale s", xscale="symlog")
-        axis.set_xticks([scale for scale, _ in points], [f"{scale:g}" for scale, _ in points])
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--figure", type=Path)
     parser.add_argument("--by-class", metavar="REQUEST")
     arguments = parser.parse_args()
     requests = read_requests(arguments.run)
     print_table(requests)
     if arguments.by_class:
         print_classes(arguments.by_class, requests[arguments.by_class])
-    if arguments.figure:
-        draw(requests, read_job(arguments.run), arguments.figure)
 
 
 if __name__ == "__main__":

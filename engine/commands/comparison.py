@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from engine.commands.arguments import JsonOption, RunArgument
+from engine.commands.arguments import JsonOption, RunArgument, written_here
 from engine.commands.output import MAX_LISTED, complain, make_console, make_display, print_json
 from engine.commands.stopping import stop_on_signals
 from engine.errors import EXIT_DAMAGED, EXIT_INCOMPLETE, JobError, RiskforgeError
@@ -42,7 +42,7 @@ def rescore(
     ] = None,
     output: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="Folder for the new scores. Default: RUN/rescored/TARGET-DIGEST."),
+        typer.Option(metavar="URI", help="Folder or address for the new scores. Default: RUN/rescored/TARGET-DIGEST."),
     ] = None,
     label_map: Annotated[
         Path | None,
@@ -96,7 +96,8 @@ BaselineOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Baseline written by --pin, in place of the older run.")
 ]
 PinOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Write the run as a baseline, without a comparison.")
+    Path | None,
+    typer.Option(metavar="FILE", callback=written_here, help="Write the run as a baseline, without a comparison."),
 ]
 MaxErrorIncreaseOption = Annotated[
     float | None,
@@ -130,11 +131,15 @@ ByOption = Annotated[
         help="Compare at these levels only; repeatable. Fewer tests detect smaller differences.",
     ),
 ]
-MarkdownOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the comparison as Markdown.")]
+MarkdownOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", callback=written_here, help="Also write the comparison as Markdown."),
+]
 HtmlOption = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
+        callback=written_here,
         help="Also write a page: new and fixed failures with the images of both nights, and all figures.",
     ),
 ]

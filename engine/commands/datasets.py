@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import engine
-from engine.commands.arguments import JsonOption
+from engine.commands.arguments import JsonOption, written_here
 from engine.commands.output import MAX_LISTED, complain, make_console, make_display, print_json
 from engine.commands.sample_list import print_samples
 from engine.commands.stopping import NOTHING_STORED, stop_on_signals
 from engine.data.reading.format_registry import DEFAULT_FORMAT, FORMATS
-from engine.data.stores.opening import OBJECT_SCHEMES
 from engine.errors import EXIT_DAMAGED, CorruptShardError, JobError
 from engine.terminal import ELLIPSIS, printable
 from engine.terminal import show as print
@@ -42,7 +41,10 @@ RunsArgument = Annotated[
     typer.Argument(metavar="RUN", help="Folders or addresses of runs or merged data sets.", show_default=False),
 ]
 ExportOutput = Annotated[
-    str, typer.Option("--output", metavar="URI", help="Folder for the new data set; must be empty.", show_default=False)
+    str,
+    typer.Option(
+        "--output", metavar="URI", help="Folder or address for the new data set; must be empty.", show_default=False
+    ),
 ]
 FilterOption = Annotated[
     str | None,
@@ -122,6 +124,7 @@ def inspect(
         Path | None,
         typer.Option(
             metavar="PATH",
+            callback=written_here,
             help="Write images: with --key that of the sample to this file, with --filter or --limit those of the"
             " listed samples into this folder.",
         ),
@@ -138,11 +141,6 @@ def inspect(
         raise JobError("--save: select samples with --filter, or one with --key")
     if key is not None and limit is not None:
         raise JobError("--limit: lists several samples, and --key shows one; use one of them")
-    # A path has lost a slash of the address.
-    # A path has one slash of the two; a folder may be called `s3`.
-    scheme, is_address, _ = str(save or "").partition(":/")
-    if is_address and scheme.lower() in OBJECT_SCHEMES:
-        raise JobError(f"--save {save}: images are written to folders alone; give a folder")
     if image != "sample" and save is None:
         raise JobError(f"--image {image}: says what --save writes; give --save PATH")
     corpus = engine.open_run(*runs)
@@ -365,7 +363,7 @@ def _export(runs: list[str], options: ExportOptions, as_json: bool) -> None:
         print(_wrapped(line))
     counts = exported.manifest["counts"]
     real = f", {counts['real']} of them real" if counts["real"] else ""
-    print(f"{counts['images']} images{real} in {exported.path}")
+    print(f"{counts['images']} images{real} in {exported.address}")
 
 
 def _wrapped(text: str) -> str:

@@ -71,9 +71,15 @@ def read_raw(path: Path, overrides: list[tuple[str, Any]]) -> Any:
         raise JobError(f"{path}: is empty; `riskforge schema` prints the schema of a job")
     if isinstance(raw, dict):
         raw = apply_overrides(raw, overrides)
-    if problems := _credential_problems(raw, ""):
+    if problems := credential_problems(raw, ""):
         raise JobError(problems)
     return raw
+
+
+def beside(path: Path, given: str) -> Path:
+    """The path of a job file that a study's file names: from the working folder, or from the folder of that file."""
+    own = Path(given).expanduser()
+    return own if own.is_file() or own.is_absolute() else path.parent / own
 
 
 def read_label_maps(path: Path, option: str) -> dict[str, dict[str, str | None]]:
@@ -98,14 +104,14 @@ def read_label_maps(path: Path, option: str) -> dict[str, dict[str, str | None]]
         raise JobError(f"{option}: {path}: a label map {error}") from None
 
 
-def _credential_problems(value: Any, where: str) -> list[str]:
+def credential_problems(value: Any, where: str) -> list[str]:
     """Addresses with a password, anywhere in a job: it would be stored with the run and appear in its card."""
     if isinstance(value, dict):
         return [
-            line for key, inner in value.items() for line in _credential_problems(inner, f"{where}.{key}".strip("."))
+            line for key, inner in value.items() for line in credential_problems(inner, f"{where}.{key}".strip("."))
         ]
     if isinstance(value, list):
-        return [line for key, inner in enumerate(value) for line in _credential_problems(inner, f"{where}.{key}")]
+        return [line for key, inner in enumerate(value) for line in credential_problems(inner, f"{where}.{key}")]
     if not isinstance(value, str) or redacted(value) == value:
         return []
     return [
@@ -230,10 +236,22 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise JobError(f"--set {_shortened(text)}: write it as KEY=VALUE, e.g. requests.0.count=6")
+    return key, parse_value(value, f"--set {key}")
+
+
+def parse_value(text: str, where: str) -> Any:
+    """A value of the command line, in YAML.
+
+    Args:
+        where: the option and key that it is of, for messages.
+
+    Raises:
+        JobError: it is not YAML.
+    """
     try:
-        return key, _bounded(yaml.load(value, Loader=StrictLoader))
+        return _bounded(yaml.load(text, Loader=StrictLoader))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise JobError(f"--set {key}: {_shortened(value)} is not a YAML value ({_problem(error)})") from None
+        raise JobError(f"{where}: {_shortened(text)} is not a YAML value ({_problem(error)})") from None
 
 
 def _shortened(text: str) -> str:

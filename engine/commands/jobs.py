@@ -27,6 +27,7 @@ from engine.commands.output import (
     complain,
     make_console,
     make_display,
+    print_artefact,
     print_json,
     print_some,
     warn,
@@ -104,9 +105,9 @@ DataOption = Annotated[
 OutputOption = Annotated[
     str | None,
     typer.Option(
-        metavar="FOLDER",
-        help="Folder for the artefact, such as conditioning-DIGEST. Default: OUTPUT-conditioning (OUTPUT-calibration),"
-        " next to the job's output.uri.",
+        metavar="URI",
+        help="Folder or address for the artefact, such as conditioning-DIGEST. Default: OUTPUT-conditioning"
+        " (OUTPUT-calibration), next to the job's output.uri.",
     ),
 ]
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def prepare(
             data,
             display=make_display(),
             folder=output,
-            executor=None if executor == "local" else make_executor(kind, spec, address),
+            executor=None if executor == "local" else make_executor(kind, spec, address, measures=False),
             only_large=executor == "auto" and not is_divided,
         )
     print_neighbours(prepared, spec) if only == "neighbours" else _print_prepared(prepared, spec)
@@ -446,8 +447,8 @@ def _print_prepared(prepared: Prepared, job: JobSpec) -> None:
     if prepared.encoder:
         print_some(prepared.conditioning.notes())
     origin = "existed already, equal" if prepared.was_there else duration(prepared.seconds)
-    print(f"artefact       {prepared.path} ({origin})")
-    _print_use(prepared, job)
+    if print_artefact(prepared.address, origin):
+        _print_use(prepared, job)
 
 
 def _print_predictor(conditioning: Conditioning) -> None:

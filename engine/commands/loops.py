@@ -80,23 +80,17 @@ def loop(
 
 
 def _load(path: Path, sets: list[str] | None, output: str | None, on_alarm: str | None) -> LoopJob:
-    from engine.commands.jobfile import import_factories, let_import, parse_override, read_raw
+    from engine.commands.jobfile import beside, import_factories, let_import, parse_override, read_raw
     from engine.studies.loop.parsing import parse_loop
 
     overrides: list[tuple[str, Any]] = [parse_override(text) for text in sets or ()]
     overrides += [("output.uri", output)] if output is not None else []
     overrides += [("on_alarm", on_alarm)] if on_alarm is not None else []
-    loop_job = parse_loop(read_raw(path, overrides), lambda given: read_raw(_beside(path, given), []))
+    loop_job = parse_loop(read_raw(path, overrides), lambda given: read_raw(beside(path, given), []))
     if loop_job.job is not None:
         let_import(loop_job.job, Path.cwd(), path.parent)
         import_factories([loop_job.spec.curation.reward], Path.cwd(), path.parent)
     return loop_job
-
-
-def _beside(path: Path, given: str) -> Path:
-    """The path of a job file that a loop names: from the working folder, or from the folder of the loop's file."""
-    own = Path(given).expanduser()
-    return own if own.is_file() or own.is_absolute() else path.parent / own
 
 
 def _make_pool(kind: str, job: LoopJob, address: str | None, workers: int | None) -> TaskPool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.commands.output import print_some, warn
+from engine.commands.output import print_artefact, print_some, warn
 from engine.errors import JobError
 from engine.job.columns import MIN_ORACLE_P_LABEL
 from engine.models.configurations import NEIGHBOURS_DOCUMENT
@@ -42,8 +42,8 @@ def print_neighbours(prepared: Prepared, job: JobSpec) -> None:
             f" {evaluation.confident_share:.1%} of them"
         )
     origin = "existed already, equal" if prepared.was_there else duration(prepared.seconds)
-    print(f"artefact       {prepared.path} ({origin})")
-    _print_oracle(prepared.path, job)
+    if print_artefact(prepared.address, origin):
+        _print_oracle(prepared.path, job)
 
 
 def _print_oracle(path: Path, job: JobSpec) -> None:

@@ -38,6 +38,16 @@ def make_console(*, stderr: bool = False) -> Console:
     return safe_console(stream, width=None if stream.isatty() else TABLE_WIDTH)
 
 
+def print_artefact(address: str, origin: str) -> bool:
+    """Print where an artefact is; whether that is a folder, which a job can name."""
+    from engine.data.stores.opening import is_object_address
+
+    print(f"artefact       {address} ({origin})")
+    if is_object_address(address):
+        print("               a job names a folder: copy it to every machine with workers")
+    return not is_object_address(address)
+
+
 def print_some(lines: Sequence[str], where: str = "conditioning.json") -> None:
     """Print the first lines of a list; `where` names the file that has all of them."""
     for line in lines[:MAX_LISTED]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engine.commands.arguments import JsonOption, RunArgument
+from engine.commands.arguments import JsonOption, RunArgument, written_here
 from engine.commands.output import complain, make_display, print_json
 from engine.errors import JobError
 from engine.terminal import show as print
@@ -80,12 +80,17 @@ def review(
     ] = None,
     open_: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a page that holds its images, for others.")
+        Path | None,
+        typer.Option(metavar="FILE", callback=written_here, help="Write a page that holds its images, for others."),
     ] = None,
     import_: ImportOption = None,
     preferences: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write answers to pairs as preference records (.jsonl) for `curate`."),
+        typer.Option(
+            metavar="FILE",
+            callback=written_here,
+            help="Write answers to pairs as preference records (.jsonl) for `curate`.",
+        ),
     ] = None,
     results: Annotated[
         bool, typer.Option("--results", help="Print what the answers so far say of labels, oracles and rules.")

@@ -14,6 +14,7 @@ from engine.commands.arguments import (
     ExecutorOption,
     JobArgument,
     JsonOption,
+    MetricsPortOption,
     OutputOption,
     RunArgument,
     SetOption,
@@ -21,6 +22,7 @@ from engine.commands.arguments import (
     check_address,
     load_job,
     make_executor,
+    serve_metrics,
 )
 from engine.commands.output import MAX_LISTED, complain, make_console, make_display, print_json, print_some, warn
 from engine.commands.stopping import stop_on_signals
@@ -81,6 +83,7 @@ def run(
         ),
     ] = None,
     strict: StrictOption = False,
+    metrics_port: MetricsPortOption = None,
     set_: SetOption = None,
 ) -> None:
     """Make the samples of a job; run the same command again to continue after an interruption."""
@@ -95,7 +98,17 @@ def run(
         # Refused now and not at the end of the night.
         read_baseline(baseline)
     with quoting_comments(job):
-        _run(spec, executor, address, resume=resume, confirmed=yes, limits=limits, strict=strict, baseline=baseline)
+        _run(
+            spec,
+            executor,
+            address,
+            resume=resume,
+            confirmed=yes,
+            limits=limits,
+            strict=strict,
+            metrics_port=metrics_port,
+            baseline=baseline,
+        )
 
 
 def retry(
@@ -107,6 +120,7 @@ def retry(
     deadline: DeadlineOption = None,
     max_duration: DurationOption = None,
     strict: StrictOption = False,
+    metrics_port: MetricsPortOption = None,
 ) -> None:
     """Retry the shards in quarantine, and make everything else that is missing."""
     from engine.commands.jobfile import let_import_of_run
@@ -120,7 +134,17 @@ def retry(
     let_import_of_run(run, spec)
     if workers is not None:
         spec = parse_job(apply_overrides(spec.model_dump(mode="json"), [("runtime.workers", workers)]))
-    _run(spec, executor, address, resume="auto", confirmed=False, limits=limits, retry=True, strict=strict)
+    _run(
+        spec,
+        executor,
+        address,
+        resume="auto",
+        confirmed=False,
+        limits=limits,
+        retry=True,
+        strict=strict,
+        metrics_port=metrics_port,
+    )
 
 
 def status(
@@ -128,7 +152,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Repeat every two seconds until the run ends.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the status of a run, from its folder alone."""
+    """Show the status of a run and of its workers, from its folder alone."""
     import time
 
     from engine.data.stores.opening import open_store
@@ -141,6 +165,9 @@ def status(
             if as_json:
                 print_json(status_fields(current), indent=None if watch else 2)
             else:
+                if watch:
+                    # On a terminal alone.
+                    make_console().clear()
                 print("\n".join(status_lines(current)), flush=True)
             if not watch or current.state != "running":
                 return
@@ -227,16 +254,24 @@ def _run(
     confirmed: bool,
     limits: SchedulerLimits,
     strict: bool,
+    metrics_port: int | None,
     retry: bool = False,
     baseline: Path | None = None,
 ) -> None:
     """Run a job and exit with its exit code."""
-    from engine.driver.run import run_job
+    from dataclasses import replace
 
+    from engine.driver.run import run_job
+    from engine.driver.scheduling.endgame import SECOND_ATTEMPT_FACTOR
+
+    made = make_executor(executor, spec, address)
+    serve_metrics(made, metrics_port, executor)
+    if address is not None:
+        limits = replace(limits, second_attempt_factor=SECOND_ATTEMPT_FACTOR)
     with stop_on_signals("stopped; the same command continues"):
         summary = run_job(
             spec,
-            executor=make_executor(executor, spec, address),
+            executor=made,
             resume=resume,
             confirmed=confirmed,
             display=make_display(),

@@ -42,6 +42,29 @@ RiskyOption = Annotated[
 LabelsOption = Annotated[
     Literal["hard", "soft"], typer.Option(help="Labels of generated samples: their class, or their soft label.")
 ]
+ArmOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="What to compare with real images alone: plain, unfiltered (or random), accepted, entropy, augment, pgd;"
+        " repeatable; accepted:30 for 30 samples. Default: plain, unfiltered, accepted.",
+    ),
+]
+ProtectOption = Annotated[
+    Literal["none", "distill", "average", "arithmetic"],
+    typer.Option(help="Keep what the target could: distillation, or arithmetic with old and new weights."),
+]
+ProtectWeightOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="Of --protect: weight of the added loss, or of the new weights. Default: one found on digits.",
+        show_default=False,
+    ),
+]
+FlipOption = Annotated[
+    bool, typer.Option("--flip", help="Arm augment: mirror half of the images. Not where that makes another class.")
+]
 HeldOutOption = Annotated[
     float,
     typer.Option(
@@ -57,7 +80,9 @@ CalibrateOption = Annotated[
 ]
 OutputOption = Annotated[
     str | None,
-    typer.Option(metavar="FOLDER", help="Folder for figures and model. Default: RUN-retrained, next to the run."),
+    typer.Option(
+        metavar="URI", help="Folder or address for figures and model. Default: RUN-retrained, next to the run."
+    ),
 ]
 
 
@@ -75,11 +100,18 @@ def retrain(
     batch_size: Annotated[int, typer.Option(metavar="N", help="Images per batch.")] = 64,
     learning_rate: Annotated[float, typer.Option(metavar="X", help="Peak learning rate of AdamW.")] = 3e-4,
     calibrate: CalibrateOption = None,
+    arm: ArmOption = None,
+    protect: ProtectOption = "none",
+    protect_weight: ProtectWeightOption = None,
+    flip: FlipOption = False,
+    pgd_eps: Annotated[float, typer.Option(metavar="X", help="Arm pgd: largest change of a pixel in 0..1.")] = 8 / 255,
+    pgd_steps: Annotated[int, typer.Option(metavar="N", help="Arm pgd: steps of each attack.")] = 3,
     output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune a run's target on its samples; compare with the original and with training on plain samples."""
     from engine.commands.jobfile import let_import_of_run
+    from engine.studies.retrain.arm_records import DEFAULT_ARMS
     from engine.studies.retrain.options import RetrainOptions
     from engine.studies.retrain.program import retrain as retrain_target
     from engine.studies.samples import open_study
@@ -97,6 +129,12 @@ def retrain(
         batch_size=batch_size,
         learning_rate=learning_rate,
         held_out=held_out,
+        protect=protect,
+        protect_weight=protect_weight,
+        flips=flip,
+        pgd_eps=pgd_eps,
+        pgd_steps=pgd_steps,
+        arms=tuple(arm or DEFAULT_ARMS),
     )
     with stop_on_signals(NOTHING_STORED):
         let_import_of_run(run, open_study(run).job)
@@ -134,7 +172,7 @@ FailuresOption = Annotated[
 ]
 EvaluateOutputOption = Annotated[
     str | None,
-    typer.Option(metavar="FOLDER", help="Folder for evaluation.json and the report. Default: the run."),
+    typer.Option(metavar="URI", help="Folder or address for evaluation.json and the report. Default: the run."),
 ]
 
 
@@ -180,11 +218,14 @@ def evaluate(
 def _print_retrained(retrained: Retrained) -> None:
     """Print tables by context, findings, the data trained on, and the paths of the results."""
     from engine.commands.comparison import print_rescored
+    from engine.studies.retrain.arm_records import PROTECT_NOTHING
     from engine.studies.retrain.inputs import DOCUMENT, MODEL
-    from engine.studies.retrain.tables import accuracy_table, agreement_table
+    from engine.studies.retrain.tables import accuracy_table, agreement_table, change_table
 
     document, console = retrained.document, make_console()
-    console.print(accuracy_table(retrained.comparison))
+    console.print(accuracy_table(retrained.comparison, retrained.arms.main))
+    if retrained.comparison.contexts:
+        console.print(change_table(retrained.comparison))
     if retrained.agreement.rows:
         console.print(agreement_table(retrained.agreement))
     for finding in retrained.findings:
@@ -193,7 +234,11 @@ def _print_retrained(retrained: Retrained) -> None:
     print("All samples of the run again, those that it was trained on among them:")
     print_rescored(retrained.rescored, has_groups=False)
     print()
-    print(f"generated    {retrained.arms.num_samples} samples in each of {', '.join(retrained.arms.pools)}")
+    for line in _sample_lines(retrained.arms.counts):
+        print(f"generated    {line}")
+    protection = document["protection"]
+    if protection["kind"] != PROTECT_NOTHING:
+        print(f"protection   {protection['kind']}, weight {protection['strength']:g}, in every arm")
     print(f"held out     {len(retrained.arms.held_out)} accepted samples, by start and seed")
     for arm, reason in retrained.arms.left_out.items():
         print(f"left out     {arm}: {reason}")
@@ -203,5 +248,12 @@ def _print_retrained(retrained: Retrained) -> None:
     temperature = document["temperature"]
     origin = "fitted on --calibrate" if temperature["fit"] else "the target's; --calibrate DATA fits it"
     print(f"temperature  {temperature['used']:.4g}, {origin}")
-    print(f"model        {retrained.path / MODEL}")
-    print(f"figures      {retrained.path / DOCUMENT}")
+    print(f"model        {retrained.store.address(MODEL)}")
+    print(f"figures      {retrained.store.address(DOCUMENT)}")
+
+
+def _sample_lines(counts: dict[str, int]) -> list[str]:
+    """How many generated samples the arms have, those with equally many in a line."""
+    numbers = dict.fromkeys(counts.values())
+    arms = {number: ", ".join(arm for arm, count in counts.items() if count == number) for number in numbers}
+    return [f"{number} samples in each of {names}" for number, names in arms.items()]

@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.commands.output import make_console, print_some
+from engine.commands.output import make_console, print_artefact, print_some
 from engine.errors import JobError
 from engine.models.configurations import VALIDITY_DOCUMENT
 from engine.terminal import show as print
@@ -35,8 +35,7 @@ def print_validity(prepared: PreparedValidity, job: JobSpec) -> None:
         _print_quality(fit.quality)
     print(f"verdict        {fit.verdict}")
     origin = "existed already, equal" if prepared.was_there else duration(prepared.seconds)
-    print(f"artefact       {prepared.path} ({origin})")
-    if fit.model is not None:
+    if print_artefact(prepared.address, origin) and fit.model is not None:
         _print_use(prepared.path, job)
 
 
