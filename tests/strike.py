@@ -1,32 +1,28 @@
 """Hits a command with a signal at a place of its work, not at a time: what is struck is in the middle on any machine.
 
-`python -m tests.strike SIGTERM os.link '*.tar' 2 run JOB ...` is `riskforge run JOB ...` in this process; before the
-second `os.link` with a path that ends so, it sends the signal to itself. Places are the audit events of Python.
+`struck(SIGTERM, "os.link", "*.tar", 2, "run", JOB, ...)` is `riskforge run JOB ...`; before the second `os.link` with a
+path that ends so, the process sends the signal to itself. Places are the audit events of Python.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import itertools
-import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from tests.conftest import REPOSITORY
-
-# A fork of the test's own process, which has Arrow's and torch's threads, now and then waits for ever for a lock that
-# one of them held; this server of forks has no threads.
-FORKS = multiprocessing.get_context("forkserver")
+from tests.commands import FORKS, REPOSITORY, Command, console
 
 
-def struck(number: signal.Signals, event: str, pattern: str, count: int, *arguments: object) -> subprocess.Popen[str]:
+def struck(number: signal.Signals, event: str, pattern: str, count: int, *arguments: object) -> Command:
     """Start a command of `riskforge` that will be struck; its stderr can be read."""
-    command = [sys.executable, "-m", "tests.strike", number.name, event, pattern, str(count), *map(str, arguments)]
-    return subprocess.Popen(command, cwd=REPOSITORY, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    main = partial(_arm_and_work, event, pattern, count, console, number)
+    return Command(main, ["riskforge", *arguments], Path(REPOSITORY), os.environ)
 
 
 def kill_at(event: str, pattern: str, count: int, work: Callable[[], object]) -> None:
@@ -37,8 +33,10 @@ def kill_at(event: str, pattern: str, count: int, work: Callable[[], object]) ->
     assert child.exitcode == -signal.SIGKILL
 
 
-def _arm_and_work(event: str, pattern: str, count: int, work: Callable[[], object]) -> None:
-    arm(signal.SIGKILL, event, pattern, count)
+def _arm_and_work(
+    event: str, pattern: str, count: int, work: Callable[[], object], number: signal.Signals = signal.SIGKILL
+) -> None:
+    arm(number, event, pattern, count)
     work()
 
 
@@ -54,11 +52,3 @@ def arm(number: signal.Signals, event: str, pattern: str, count: int) -> None:
             os.kill(os.getpid(), number)
 
     sys.addaudithook(hook)
-
-
-if __name__ == "__main__":
-    from engine.cli import console
-
-    arm(signal.Signals[sys.argv[1]], sys.argv[2], sys.argv[3], int(sys.argv[4]))
-    sys.argv[:] = ["riskforge", *sys.argv[5:]]
-    console()

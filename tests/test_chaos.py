@@ -1,14 +1,36 @@
-"""The short form of `tools/chaos.py`: real processes, killed and refused; what is made is what a calm run makes."""
+"""The short form of `tools/chaos.py`: real processes, killed and refused; what is made is what a calm run makes.
+
+And two machines with a Ray each: what the tests of executors cannot see, whose nodes share an address and a folder.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from engine.data.run.shards import read_rows
+from engine.data.run.verify import verify
+from engine.data.stores.opening import open_store
 from engine.errors import EXIT_OK
+from tests import chaos_nodes, ray_nodes
+from tests.sleepy import tars
 from tools import chaos
+
+JOB = """\
+name: digits
+models: {diffusion: "zoo:digits/stable-diffusion", clip: "zoo:digits/clip", target: "zoo:digits/classifier"}
+requests:
+  - {name: between, method: boundary, boundary: [three, eight], count: 8}
+sampling: {num_inference_steps: 2}
+output: {uri: unused, samples_per_shard: 2}
+runtime: {device: cpu}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -41,3 +63,46 @@ def test_a_disk(scenario, clean, tmp_path):
 def test_kills_at_random(clean, tmp_path):
     """SIGKILL of drivers, sixty times in `tools/chaos.py`; actors and nodes are killed in `test_executors`."""
     assert chaos.kill_at_random(tmp_path, clean, 3, random.Random(1), "local").total() >= 3
+
+
+@pytest.fixture(scope="module")
+def two_machines(clean: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[chaos_nodes.Site]:
+    """The head of a cluster and another machine.
+
+    Tests of it take minutes of CPU time, so they are run by hand (`RISKFORGE_MACHINES=1`); `test_ray_elastic` has
+    several nodes of one machine.
+    """
+    if "RISKFORGE_MACHINES" not in os.environ:
+        pytest.skip("RISKFORGE_MACHINES is not set")
+    if why := ray_nodes.missing():
+        pytest.skip(why)
+    with chaos_nodes.opened_site(tmp_path_factory.mktemp("nodes"), clean, num_nodes=2) as site:
+        yield site
+
+
+@pytest.mark.slow
+def test_a_machine_is_lost_while_another_joins(two_machines: chaos_nodes.Site) -> None:
+    """As a spot machine is, in the middle of a shard: no strike, the new one is used, and the bytes are the same."""
+    chaos_nodes.run_scenario(two_machines, chaos_nodes.spot_losses)
+
+
+@pytest.mark.slow
+def test_two_machines_make_the_bytes_of_one(two_machines: chaos_nodes.Site) -> None:
+    """Real models, each machine with a worker of its own; against threads of one process."""
+    two_machines.ready()
+    folder, machines = two_machines.folder, two_machines.machines
+    (folder / "job.yaml").write_text(JOB)
+    command = ["-m", "engine.cli", "run", str(folder / "job.yaml"), "--workers", "2", "--output"]
+    with (folder / "digits.log").open("w") as log:
+        far = [*command, str(folder / "far"), "--address", machines.address]
+        driver = machines.drive(machines.head, far, stdout=log, stderr=log)
+        near = machines.switch.start(
+            [sys.executable, *command, str(folder / "near"), "--executor", "local"], stdout=log, stderr=log
+        )
+        assert [near.wait(300), driver.wait(300)] == [EXIT_OK, EXIT_OK], (folder / "digits.log").read_text()
+    assert len(tars(folder / "far")) == 4 and tars(folder / "far") == tars(folder / "near")
+    assert not verify(open_store(str(folder / "far"))).findings
+    assert json.loads((folder / "far/manifest.json").read_text())["hardware"]["nodes"] == 2
+    rows = [row for path in (folder / "far/shards").glob("*.parquet") for row in read_rows(path)]
+    # A worker's name is that of its machine and process.
+    assert {row["worker"].rpartition("-")[0] for row in rows} == {f"machine-{one.number}" for one in machines.nodes}

@@ -4,7 +4,8 @@ Workers that sleep instead of sampling run on a Ray of their own, again and agai
 are killed with SIGKILL at moments drawn from the seed. The run is then continued to its end, and must be what a run
 without accidents makes: keys, metadata and tar bytes. With `--kind zoo` it is the quickstart with its real models, and
 `verify --deep` scores its images again. Before the kills: a full disk, an output that cannot be written, torn files in
-the place of shards, two drivers at once, and leases written by clocks that jumped.
+the place of shards, two drivers at once, and leases written by clocks that jumped. With `--kind nodes` machines of a
+cluster are lost as well, see `tests/chaos_nodes.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 import random
@@ -23,67 +23,32 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from engine.data.run.commits import list_commits
 from engine.data.run.verify import verify
 from engine.data.stores.base import LEASES
 from engine.data.stores.lease import hold, read_holder
 from engine.data.stores.opening import open_store
-from engine.driver.executors.base import Executor
-from engine.driver.progress import PlainDisplay
-from engine.driver.run import run_job
-from engine.errors import EXIT_DRAINED, EXIT_OK, EXIT_OWNED, EXIT_USER, RiskforgeError
-from engine.generation.rescorer import rescore
-from engine.job.columns import RUN_COLUMNS
-from tests.sleepy import Faults, make_job, make_sleepy
+from engine.errors import EXIT_OK, EXIT_OWNED, EXIT_USER
+from tests.chaos_runs import GIVE_UP_SECONDS, KILLS_A_RUN, check, drive_command
 
 VICTIMS = ("actor", "raylet", "gcs", "driver")
 # Driver and cluster die of some kills; actors are killed more often, as the run survives it.
 WEIGHTS = (5, 1, 1, 2)
-RULE = {"accept": {"is_error": True}, "max_attempts": "8x"}
-COUNT = 6
-# Then a run is finished and compared, and the next one begins.
-KILLS_A_RUN = 12
 SAMPLE_SECONDS = 0.05
-GIVE_UP_SECONDS = 300.0
 DISK_BYTES = 600_000
 # A shard of the first round.
 HANG_AT = 5
 QUICKSTART = Path(__file__).parents[1] / "jobs/quickstart.yaml"
 
 
-def drive(output: Path, kind: str, seconds: float, *, retry: bool, hang_at: int) -> int:
-    """A driver: what `riskforge run` does, with workers that sleep; at one of the shards for an hour."""
-    from engine.driver.executors.local import LocalExecutor
-    from engine.driver.executors.ray import RayExecutor
-
-    executor: Executor = LocalExecutor(2) if kind == "local" else RayExecutor(address=None, num_workers=2, device="cpu")
-    try:
-        return run_job(
-            make_job(output, COUNT, request=RULE),
-            executor=executor,
-            resume="auto",
-            confirmed=False,
-            display=PlainDisplay(sys.stderr),
-            make_worker=partial(make_sleepy, faults=Faults(seconds=seconds, hang_once=(hang_at,))),
-            retry=retry,
-        ).exit_code
-    except RiskforgeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return EXIT_DRAINED
-
-
 def start(
     output: Path, kind: str = "ray", *, retry: bool = False, seconds: float = SAMPLE_SECONDS, hang_at: int = -1
 ) -> subprocess.Popen[str]:
     """A driver in a process of its own; one that hangs at a shard does not end before it is hit."""
-    command = [sys.executable, "-m", "tools.chaos", "drive", str(output), kind, str(seconds), str(int(retry))]
-    command.append(str(hang_at))
+    faults = {"seconds": seconds, "hang_once": [hang_at]}
+    command = [sys.executable, *drive_command(output, kind, retry=retry, faults=faults)]
     if kind == "zoo":
         riskforge = str(Path(sys.executable).with_name("riskforge"))
         what = ["retry", str(output)] if retry else ["run", str(QUICKSTART), "--output", str(output)]
@@ -96,35 +61,6 @@ def finish(output: Path, kind: str = "local") -> int:
     """Make a run or continue it to its end; shards that were killed three times are given a fresh start."""
     retry = kind == "local" or bool(list(output.glob("_state/quarantine/*")))
     return start(output, kind, retry=retry, seconds=0.0).wait(GIVE_UP_SECONDS)
-
-
-def content(output: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
-    """What a run made: its tars, and the rows of its metadata without what depends on the run."""
-    import pyarrow.parquet as pq
-
-    tars = {path.name: path.read_bytes() for path in sorted(output.glob("shards/*.tar"))}
-    rows = (
-        pq.read_table(output / "metadata.parquet")
-        .drop_columns([column.name for column in RUN_COLUMNS if column.name != "sha256"])
-        .to_pylist()
-    )
-    return tars, rows
-
-
-def check(output: Path, clean: Path, what: str, *, deep: bool = False) -> None:
-    """A run is whole, and equal to the clean one.
-
-    Args:
-        deep: score a sample of its images again, too.
-
-    Raises:
-        AssertionError: with the name of the scenario.
-    """
-    store = open_store(str(output))
-    findings = [*verify(store).findings, *(rescore(store) if deep else [])]
-    unexpected = [one for one in findings if "_state/torn" not in one.text]
-    assert not unexpected, f"{what}: {unexpected}"
-    assert content(output) == content(clean), f"{what}: other keys, metadata or bytes"
 
 
 def await_file(driver: subprocess.Popen[str], output: Path, pattern: str) -> None:
@@ -254,7 +190,7 @@ def read_only(folder: Path, clean: Path) -> None:
     with small_disk(folder / "sealed") as disk:
         (disk / "run").mkdir()
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        command = [sys.executable, "-m", "tools.chaos", "drive", str(disk / "run"), "local", "0", "0", "-1"]
+        command = [sys.executable, *drive_command(disk / "run", "local")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == EXIT_USER and "read-only" in done.stderr, f"read only: {done.stderr}"
         assert "Traceback" not in done.stderr
@@ -341,37 +277,48 @@ SCENARIOS: tuple[Callable[[Path, Path], None], ...] = (
 
 def main(arguments: list[str]) -> int:
     """The command line."""
-    if arguments[:1] == ["drive"]:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        # Under the name that workers import it by.
-        chaos = importlib.import_module("tools.chaos")
-        code = chaos.drive(
-            Path(arguments[1]), arguments[2], float(arguments[3]), retry=arguments[4] == "1", hang_at=int(arguments[5])
-        )
-        sys.stderr.flush()
-        # Threads that still sleep are not waited for.
-        os._exit(code)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--kind",
-        choices=("ray", "local", "zoo"),
+        choices=("ray", "local", "zoo", "nodes"),
         default="ray",
-        help="local: no Ray, drivers alone are killed; zoo: real models on Ray, kills alone",
+        help="local: no Ray, drivers alone are killed; zoo: real models on Ray, kills alone; nodes: several machines",
     )
+    parser.add_argument("--store", choices=("folder", "s3"), default="folder", help="where runs of --kind nodes are")
+    parser.add_argument("--scenario", action="append", metavar="NAME", help="these of --kind nodes alone; none: none")
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
-    clean = options.folder / "clean"
+    clean = options.folder.resolve() / "clean"
     assert finish(clean, "zoo" if options.kind == "zoo" else "local") == EXIT_OK
     print(f"clean: {len(list_commits(open_store(str(clean))))} shards", flush=True)
+    attack = attack_nodes if options.kind == "nodes" else attack_processes
+    attack(clean, options)
+    return 0
+
+
+def attack_processes(clean: Path, options: argparse.Namespace) -> None:
+    """Scenarios, and kills at random, on this machine."""
     for scenario in SCENARIOS if options.kind != "zoo" else ():
         scenario(options.folder, clean)
         print(f"{scenario.__name__}: whole and equal", flush=True)
     killed = kill_at_random(options.folder, clean, options.kills, random.Random(options.seed), options.kind)
     print(f"{killed.total()} killed: {', '.join(f'{num} {name}' for name, num in killed.items())}; all whole and equal")
-    return 0
+
+
+def attack_nodes(clean: Path, options: argparse.Namespace) -> None:
+    """The same on the machines of a cluster."""
+    from tests import chaos_nodes
+
+    names = {scenario.__name__: scenario for scenario in chaos_nodes.SCENARIOS}
+    with chaos_nodes.opened_site(clean.parent, clean, store=options.store) as site:
+        for name in options.scenario or names:
+            if name != "none":
+                chaos_nodes.run_scenario(site, names[name])
+        accidents = chaos_nodes.kill_at_random(site, options.kills, random.Random(options.seed))
+    print(f"{chaos_nodes.num_killed(accidents)} killed: {dict(accidents)}; all whole and equal")
 
 
 if __name__ == "__main__":
