@@ -13,11 +13,14 @@ from engine.data.run.companions import COMPANIONS
 from engine.data.stores.folder import FolderStore
 from engine.data.stores.opening import open_store
 from engine.driver.progress import PlainDisplay
+from engine.report.style import page_templates
 from engine.studies.curate.candidates import Candidates
 from engine.studies.curate.program import CuratedRun, SelectionOptions, SignalRecord, curate_run
-from tests.strike import FORKS
+from tests.commands import FORKS, LIBRARIES
 
-FORKS.set_forkserver_preload([__name__])
+# What every process of these tests needs, loaded once in the server of forks: torch, and the compiled page.
+FORKS.set_forkserver_preload([*LIBRARIES, __name__])
+page_templates().get_template("report.html.j2")
 
 
 def by_class(candidates: Candidates) -> list[float]:

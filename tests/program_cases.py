@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import yaml
+
+from tests import commands
 
 DIGITS = [
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
@@ -71,11 +71,7 @@ def write(raw: dict[str, Any], folder: Path) -> Path:
 
 def riskforge(*arguments: Any, folder: Path, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command as a user gives it in a folder."""
-    command = [str(Path(sys.executable).with_name("riskforge")), *map(str, arguments)]
-    places = {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
-    done = subprocess.run(
-        command, cwd=folder, env=os.environ | places | environment, capture_output=True, text=True, check=False
-    )
+    done = commands.run(*arguments, folder=folder, **environment)
     assert done.returncode == code and "Traceback" not in done.stderr, done.stdout + done.stderr
     return done
 

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,11 +22,11 @@ from engine.data.images import (
 )
 from engine.driver.executors.local import LocalExecutor
 from engine.driver.executors.ray import RayExecutor
-from engine.driver.executors.ray_cluster import prepare_environment
 from engine.driver.scheduler_loop import WorkersFailingError
 from engine.driver.scheduling.messages import WorkerLost
 from engine.errors import EXIT_DRAINED, EXIT_INCOMPLETE, EXIT_USER, JobError, RiskforgeError
 from engine.studies.prepare.observation import Observer, load_part_observer, signature
+from tests import commands
 from tests.conftest import REPOSITORY
 from tests.prepare_cases import (
     LABELS,
@@ -46,8 +45,6 @@ from tests.prepare_cases import (
 )
 from tests.sleepy import wait_until
 
-RISKFORGE = str(Path(sys.executable).with_name("riskforge"))
-
 
 @pytest.fixture(scope="module")
 def samples() -> list[Sample]:
@@ -62,17 +59,6 @@ def tars(samples, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def table(samples, tmp_path_factory) -> Path:
     return write_tables(tmp_path_factory.mktemp("parquet"), samples)
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """A Ray of one node with two cores; starting it takes seconds."""
-    prepare_environment(is_own=True)
-    from ray.cluster_utils import Cluster
-
-    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    yield started
-    started.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -161,29 +147,21 @@ def sorted_by_place(parts):
 
 
 @pytest.mark.slow
-def test_actors_make_the_artefact_of_one_process(cluster, mixed, undivided, tmp_path):
+def test_actors_make_the_artefact_of_one_process_also_where_one_is_killed(cluster, mixed, undivided, tmp_path):
     """Byte for byte with the zoo's models, whoever saw which image; what is unusable is listed once, in order.
 
-    Three of them, on two cores: one waits until another has gone. The next test has two.
-    Processes with other batches: what neither threads nor a test of the parts could show.
+    Three of them, on two cores: one waits until another has gone. One is killed by SIGKILL in the middle of a part: a
+    line says that the part begins again. Processes with other batches: what neither threads nor a test of the parts
+    could show.
     """
     stream = io.StringIO()
-    executor = RayExecutor(address=cluster.address, num_workers=3, device="cpu")
-    divided = prepare(mixed, tmp_path, executor=executor, stream=stream)
+    executor = Deadly(address=cluster.address, num_workers=3, device="cpu")
+    executor.mark = tmp_path / "died"
+    divided = prepare(mixed, tmp_path / "home", executor=executor, stream=stream)
     assert divided.path.name == undivided.path.name and same_bytes(divided.path, undivided.path)
     names = [one.name for one in divided.conditioning.unusable]
     assert names == sorted(names) and len(names) == 30
-    assert "(3 worker" in stream.getvalue() and not executor._handles
-
-
-@pytest.mark.slow
-def test_a_killed_actor_is_replaced_and_its_part_begins_again(cluster, mixed, undivided, tmp_path):
-    """SIGKILL in the middle of a part: the artefact is the same, and a line says what happened."""
-    stream = io.StringIO()
-    executor = Deadly(address=cluster.address, num_workers=2, device="cpu")
-    executor.mark = tmp_path / "died"
-    divided = prepare(mixed, tmp_path / "home", executor=executor, stream=stream)
-    assert executor.mark.exists() and same_bytes(divided.path, undivided.path)
+    assert "(3 worker" in stream.getvalue() and not executor._handles and executor.mark.exists()
     assert stream.getvalue().count("its part of the images begins again: the worker's process died") == 1
 
 
@@ -286,14 +264,9 @@ def test_a_worker_that_sees_other_images_says_so(mixed, tmp_path):
 def test_an_interrupt_ends_the_actors(cluster, mixed, tmp_path):
     """Ctrl-C while they look at images: the code for later, nothing stored, no process of theirs left."""
     options = ["--data", "digits:test-single", "--output", str(tmp_path / "home"), "--set", "runtime.device=cpu"]
-    process = subprocess.Popen(
-        [RISKFORGE, "prepare", str(QUICKSTART), *options, "--workers", "2", "--address", cluster.address],
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell starts background commands, and with them this test, with interrupts ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    process = commands.start(
+        "prepare", QUICKSTART, *options, "--workers", 2, "--address", cluster.address, folder=tmp_path
     )
-    assert process.stderr is not None
     for line in process.stderr:
         if "/7287 images" in line:
             break

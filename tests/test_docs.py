@@ -19,6 +19,8 @@ from engine.cli import app
 from engine.errors import JobError
 from engine.job.parsing import parse_job
 from engine.job.spec import JobSpec, RequestSpec
+from engine.studies.experiments.parsing import validated
+from engine.studies.experiments.registry import STUDIES
 from engine.studies.loop.parsing import parse_loop
 from tests.conftest import REPOSITORY
 from tools import docs
@@ -138,7 +140,9 @@ def test_every_block_of_yaml_is_a_job_or_a_part_of_one(page: Path) -> None:
     for line, text in blocks(page, "yaml"):
         part = yaml.safe_load(text)
         try:
-            if "study" in part:
+            if isinstance(part, dict) and part.get("study") in STUDIES:
+                validated(STUDIES[part["study"]].spec_class(), part)
+            elif "study" in part:
                 parse_loop(part, lambda path: {})
             else:
                 parse_job(whole_job(part))
@@ -229,7 +233,7 @@ def test_the_check_of_commands_sees_what_is_wrong() -> None:
         with pytest.raises(UsageError):
             check_command(wrong.split())
     check_command(["run", "JOB", "--max_duration", "8h"])
-    assert arguments_of("uv run riskforge schema ") == ["schema"] and arguments_of("ray up cluster.yaml") is None
+    assert arguments_of("uv run riskforge schema ") == ["schema"] and arguments_of("ray up deploy/cluster.yaml") is None
 
 
 def test_every_command_is_documented_and_has_help() -> None:

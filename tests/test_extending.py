@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -20,7 +17,7 @@ import yaml
 
 from engine.data.reading.corpus import open_run
 from engine.driver.executors.local import LocalExecutor
-from tests import corpus_cases, new_score, test_method_registry
+from tests import commands, corpus_cases, new_score, test_method_registry
 from tests.conftest import REPOSITORY
 from tests.extensions.process import ProcessExecutor
 from tests.sleepy import Faults, run_sleepy, tars
@@ -81,11 +78,10 @@ def test_the_table_at_the_end_has_every_section() -> None:
 # The executor --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("faults", [Faults(), Faults(die_once=(1,))], ids=["whole", "died"])
-def test_an_executor_makes_the_bytes_of_another(tmp_path: Path, faults: Faults) -> None:
+def test_an_executor_makes_the_bytes_of_another(tmp_path: Path) -> None:
     """Also where the process of a worker is killed: its death is noticed, and another one is started."""
     executor = ProcessExecutor(address=None, num_workers=2, device="cpu")
-    assert run_sleepy(tmp_path / "process", 2, executor, faults=faults).exit_code == 0
+    assert run_sleepy(tmp_path / "process", 2, executor, faults=Faults(die_once=(1,))).exit_code == 0
     run_sleepy(tmp_path / "local", 2, LocalExecutor(1))
     assert tars(tmp_path / "process") == tars(tmp_path / "local")
 
@@ -123,10 +119,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def riskforge(copy: Path, *arguments: str | Path) -> str:
     """The output of a command of the copy."""
-    done = subprocess.run(
-        [sys.executable, "-c", "from engine.cli import console; console()", *map(str, arguments)],
-        cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = commands.run(*arguments, folder=copy, PYTHONPATH=str(copy))
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -166,7 +159,7 @@ def test_an_executor_is_chosen_by_its_name(copy: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
     for name in ("process", "local"):
-        output = ("--output", tmp_path / name, "--workers", "2")
+        output = ("--output", tmp_path / name, "--workers", "1")
         riskforge(copy, "run", tmp_path / "job.yaml", "--executor", name, *output)
     assert len(tars(tmp_path / "process")) == 2 and tars(tmp_path / "process") == tars(tmp_path / "local")
     assert json.loads((tmp_path / "process/manifest.json").read_text())["hardware"]["executor"] == "process"

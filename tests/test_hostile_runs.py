@@ -28,7 +28,7 @@ import pytest
 from engine import cli
 from engine.data.run.commit_record import COMMITS
 from engine.data.run.commits import compact_commits
-from engine.data.run.file_names import COMPARISON, EVALUATION, MANIFEST, METADATA, TWINS_TABLE
+from engine.data.run.file_names import COMPARISON, EVALUATION, MANIFEST, METADATA, STUDY, TWINS_TABLE
 from engine.data.run.schema import arrow_schema
 from engine.data.run.twins_table import FoundTwins, twins_table, write_twins
 from engine.data.stores.opening import open_store
@@ -62,6 +62,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_sleepy(run, 1, LocalExecutor(1), request=paired)
     (run / EVALUATION).write_text(json.dumps(EVALUATED))
     (run / COMPARISON).write_text(json.dumps(COMPARED))
+    (run / STUDY).write_text(json.dumps(STUDIED))
     _find_twins(run)
     scores = run / RESCORED
     (scores / "_state").mkdir(parents=True)
@@ -109,6 +110,20 @@ COMPARED: dict[str, Any] = {
         }
     ],
     "mended": [], "unpaired_failures": [], "num_new_failures": 1, "num_mended": 0, "num_unpaired_failures": 0,
+}  # fmt: skip
+
+STUDIED: dict[str, Any] = {
+    "study": "sweep", "version": 1, "riskforge": "0", "status": "complete", "name": "n", "command": "c",
+    "date": "2026-11-30", "hardware": "h", "seconds": 1.0, "versions": {"torch": "2"}, "arguments": {"count": 2},
+    "runs": ["cells"], "findings": ["f"], "notes": ["n"],
+    "tables": [
+        {
+            "name": "table", "title": "t", "note": "",
+            "columns": [{"name": "n", "title": "n", "unit": "", "digits": 2, "note": ""}, {"name": "r", "title": "r"}],
+            "rows": [[1, {"value": 1.0, "low": 0.5, "high": 1.5}], ["a", None]],
+        }
+    ],
+    "figures": [{"name": "figure", "caption": "c", "svg": "<svg/>"}],
 }  # fmt: skip
 
 
@@ -172,6 +187,7 @@ def commands(run: Path) -> dict[str, list[str]]:
         "export": ["export", str(run), "--output", str(out / "exported")],
         "export-parquet": ["export", str(run), "--output", str(out / "exported-parquet"), "--format", "parquet"],
         "export-pairs": ["export", str(run), "--output", str(out / "exported-pairs"), "--format", "pairs"],
+        "push": ["push", str(run), "--to", "hf://datasets/ada/x", "--dry-run"],
         "evaluate": ["evaluate", str(run), "--real", str(out / "nothing")],
         "rescore": ["rescore", str(run), "--target", str(out / "nothing")],
         "report": ["report", str(run)],
@@ -195,13 +211,14 @@ FILES = {
     "manifest": MANIFEST,
     "evaluation": EVALUATION,
     "comparison": COMPARISON,
+    "study": STUDY,
     "twins": TWINS_TABLE,
     "success": "_SUCCESS",
     "wids": "shards/wids.json",
     "scores-manifest": f"{RESCORED}/{MANIFEST}",
     "scores-metadata": f"{RESCORED}/{METADATA}",
 }
-DOCUMENTS = ("plan", "record", "lease", "manifest", "evaluation", "comparison", "scores-manifest")
+DOCUMENTS = ("plan", "record", "lease", "manifest", "evaluation", "comparison", "study", "scores-manifest")
 
 
 def place_of(run: Path, name: str) -> Path:
@@ -361,6 +378,7 @@ READING = [
     "compare-scores",
     "export-parquet",
     "export-pairs",
+    "push",
 ]
 WRITING = ["report", "repair", "merge", "compare"]
 # These alone load torch; nothing comes of them, as what they are to score with is not there.
@@ -606,7 +624,8 @@ def test_documents_of_others_are_refused(tmp_path: Path, kind: str, bend: str) -
 READ_OTHERWISE = {
     "data/run/card_loading.py", "data/stores/lease.py", "data/stores/object_appends.py",
     "data/stores/conditional_put.py", "driver/executors/activity.py", "driver/executors/ray_layout.py",
-    "data/images/class_folders.py", "models/custom_methods.py", "report/render.py",
+    "driver/executors/software.py",
+    "data/images/class_folders.py", "models/custom_methods.py", "report/render.py", "report/style.py",
     "studies/review/page.py",
 }  # fmt: skip
 

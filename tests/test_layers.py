@@ -76,7 +76,8 @@ def test_only_the_ray_executor_imports_ray():
     """Everything else runs without Ray."""
     users = [path for path in sorted(ENGINE.rglob("*.py")) if "ray" in top_level(path)]
     names = [path.relative_to(ENGINE).as_posix() for path in users]
-    assert names == [f"driver/executors/{name}.py" for name in ("ray", "ray_actor", "ray_cluster", "ray_tasks")]
+    modules = ("ray", "ray_actor", "ray_cluster", "ray_metrics", "ray_tasks")
+    assert names == [f"driver/executors/{name}.py" for name in modules]
 
 
 @pytest.mark.parametrize("module", START_UP)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import commands
 from tests.new_score import MEANING, NAME, PIECES, SINCE, TITLE, copy_engine
 
 pytestmark = pytest.mark.slow
-REPOSITORY = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +19,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a run of the copy comes to."""
     home = tmp_path_factory.mktemp("score")
     copy_engine(home)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.new_score", str(home)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(home), str(REPOSITORY)])},
-        cwd=home, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = commands.python("-m", "tests.new_score", home, folder=home, PYTHONPATH=str(home))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["engine"] == str(home / "engine/__init__.py")

@@ -20,6 +20,7 @@ from engine.data.reading.people.review import NO_PEOPLE
 from engine.data.run.verify import Finding, Verdict
 from engine.driver.run_summary import RunSummary
 from engine.errors import EXIT_DAMAGED, EXIT_INCOMPLETE, EXIT_OK, EXIT_USER, JobError, StoreLostError
+from engine.job.resources import ResourcesSpec
 from engine.studies.curate.selection import SelectionOptions
 from tests.sleepy import make_job
 
@@ -169,6 +170,19 @@ def test_a_cluster_may_have_hardware_that_this_machine_lacks(monkeypatch: pytest
         assert (executor._address, executor._num_workers, executor._device) == (address, 6, "cuda")
     make_executor("local", spec, None)
     assert checked == [True, False, True]
+
+
+def test_only_ray_places_workers(tmp_path: Path) -> None:
+    """What a worker takes is passed on; a pass without batches measures no memory; threads are refused by name."""
+    spec = make_job(tmp_path, 1)
+    asked = ResourcesSpec(num_gpus="auto", custom={"slot": 1})
+    spec = spec.model_copy(update={"runtime": spec.runtime.model_copy(update={"resources": asked})})
+    executor: Any = make_executor("ray", spec, "host:1")
+    assert executor._asked == asked
+    executor = make_executor("ray", spec, "host:1", measures=False)
+    assert executor._asked == ResourcesSpec(custom={"slot": 1})
+    with pytest.raises(JobError, match=r"^runtime\.resources: --executor local does not place workers; leave it"):
+        make_executor("local", spec, None)
 
 
 @pytest.mark.parametrize(

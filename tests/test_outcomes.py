@@ -45,10 +45,11 @@ from engine.job.parsing import parse_job
 from engine.job.plan import Plan, build_plan
 from engine.models.digests import model_digests
 from engine.models.library_logging import quiet_libraries
-from engine.report.data import error_pairs, make_rows, read_table
+from engine.report.data import error_pairs
 from engine.report.gallery import make_tile
-from engine.report.headline import request_totals, summary_table
+from engine.report.headline import summary_table
 from engine.report.render import write_report
+from engine.report.row_sums import sum_rows
 from engine.report.work import class_table
 from engine.studies.compare.baseline import ERRORS_OUTSIDE, pin_run, read_baseline
 from engine.studies.compare.program import compare_runs
@@ -112,10 +113,10 @@ def vars_of(group: Any) -> dict[str, Any]:
 def test_the_tables_of_the_report(case: tuple[Path, int]) -> None:
     """Headline, by class, most frequent errors, gallery, and the five figures at the top."""
     run, num_outside = case
-    table = read_table(run / "metadata.parquet")
-    rows, totals = make_rows(table), request_totals(table)
+    sums = sum_rows(run / "metadata.parquet")
+    rows, totals, classes = sums.outcomes, sums.totals.groups(), sums.class_groups()
     percent = f"{share(num_outside) * 100:.1f} %"
-    for made in (summary_table(summarise(run / "metadata.parquet"), totals), class_table(table, rows, totals, NAMES)):
+    for made in (summary_table(summarise(run / "metadata.parquet"), totals), class_table(classes, rows, totals, NAMES)):
         assert made is not None
         [line] = [one for one in made.lines if one.name == "between"]
         cells = dict(zip([one.name for one in made.columns[1:]], [text for text, _ in line.cells], strict=True))

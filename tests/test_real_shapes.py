@@ -94,14 +94,16 @@ def test_the_guard_sees_what_fails_without_slices():
 def test_sampling_and_storing_are_within_the_kernels_indices():
     """Steps without guidance, whose two halves are one call; decoding of what is stored; encoding of images.
 
-    At 768 px 128 rows of the network's feed-forward layers have 3.0e9 elements: its calls are split.
+    At 768 px 128 rows of the network's feed-forward layers have 3.0e9 elements: its calls are split. Of the decoder's
+    last layers 15 rows have as many as kernels count; it takes few at a time, so more would only take longer.
     """
-    rows, pixels = 64, 768
+    rows, few, pixels = 64, 16, 768
     model = known_pipeline("sd21", pixels, "float16")
     latents = meta_latents(model, rows)
     with torch.no_grad(), attention_of_a_gpu(), IndexGuard() as guard:
         output = meta_denoiser(model, rows)(latents, middle_step()).output
-        images = model.decode(latents)
+        images = model.decode(latents[:few])
         encoded = model.encode_images(images)
-    assert output.shape == encoded.shape == latents.shape and images.shape == (rows, 3, pixels, pixels)
+    assert output.shape == latents.shape and encoded.shape == latents[:few].shape
+    assert images.shape == (few, 3, pixels, pixels)
     assert guard.largest <= MAX_ELEMENTS

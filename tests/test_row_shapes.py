@@ -22,12 +22,13 @@ from engine.models.labels import read_labels
 from engine.models.steady import SteadyConv2d
 
 CLASSES = {"digits": ("three", "eight"), "cifar10": ("cat", "dog")}
-NUM_STEPS = 6
+NUM_STEPS = 4
 METHODS: dict[str, dict[str, Any]] = {
     "prompt": {},
     "boundary": {"every": 1, "tolerance": 2.0},
     "risky": {"every": 1, "tolerance": 1.49},
 }
+BOUNDARY, RISKY = 1, 2
 # That the first sample is below at the first step, and others above; without one there is another step rule.
 FLOORS = {"digits": None, "cifar10": 0.3}
 
@@ -56,7 +57,7 @@ class Made:
         job = parse_job({"name": "job", "models": models, "requests": requests, "sampling": sampling, "output": output})
         self.plan: Plan = build_plan(job, read_labels(job.models.target), model_digests(job))
         self.generator = Generator(job, self.plan)
-        self.rows = list[int]()
+        self.rows, self.compared = list[int](), set[int]()
         self.network = self.generator._model(0).network
         self.network.register_forward_pre_hook(lambda _, inputs: self.rows.append(len(inputs[0])))
 
@@ -64,7 +65,9 @@ class Made:
         """Of the samples of a request from the first one on; `rows` are then those of its batch."""
         specs = list(self.plan.samples(self.plan.shard(request)))[first : first + num_samples]
         # What a comparison of shapes takes is not the batch's.
-        self.generator.next_batch(request, specs[:1])
+        if request not in self.compared:
+            self.generator.next_batch(request, specs[:1])
+            self.compared.add(request)
         self.rows.clear()
         return self.generator.next_batch(request, specs)
 
@@ -87,7 +90,12 @@ def contents(results: list[SampleResult]) -> list[tuple[Any, ...]]:
     return [(result.image, result.record) for result in results]
 
 
-@pytest.mark.parametrize("request_number", range(len(METHODS)), ids=METHODS)
+@pytest.mark.parametrize(
+    ("made", "request_number"),
+    # Guidance to a boundary differs from that to risk in what is added up alone: once is enough of the larger network.
+    [*(("digits", number) for number in range(len(METHODS))), ("cifar10", RISKY)],
+    indirect=["made"],
+)
 def test_samples_have_the_bytes_of_whole_batches(
     made: Made, request_number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,7 +113,9 @@ def test_samples_have_the_bytes_of_whole_batches(
         assert sum(rows) == all_rows * fewest_rows(num_samples, 16) / 16
 
 
-@pytest.mark.parametrize("request_number", [1, 2], ids=["boundary", "risky"])
+@pytest.mark.parametrize(
+    ("made", "request_number"), [("digits", BOUNDARY), ("digits", RISKY), ("cifar10", RISKY)], indirect=["made"]
+)
 def test_gradients_by_fours_have_the_bytes_of_whole_batches(made: Made, request_number: int) -> None:
     """Sixteen samples, some of which arrive: through fewer rows with a graph, to the same latents and counts."""
     specs, found = list(made.plan.samples(made.plan.shard(request_number))), []
@@ -132,6 +142,7 @@ def test_a_shape_that_changes_bytes_is_not_used(made: Made, monkeypatch: pytest.
     """Without steady convolutions torch computes short batches by another kernel: the shape stays, and the bytes."""
     expected = contents(made.results(0, 3))
     monkeypatch.setattr(made.generator, "_shapes", RowShapes())
+    monkeypatch.setattr(made, "compared", set[int]())
     with monkeypatch.context() as patch:
         patch.setattr(SteadyConv2d, "forward", torch.nn.Conv2d.forward)
         assert contents(made.results(0, 3)) == expected

@@ -78,6 +78,16 @@ class Transfers(TorchDispatchMode):
         return result
 
 
+def halved(latents, *_):
+    """In the place of the UNet."""
+    return latents * 0.5
+
+
+def enlarged(latents):
+    """In the place of the VAE's decoder."""
+    return torch.nn.functional.interpolate(latents[:, :3], scale_factor=4.0)
+
+
 class OnDevice:
     """The digits pipeline with target and CLIP on the device, and samples of theirs."""
 
@@ -102,33 +112,35 @@ class OnDevice:
         half = copy.deepcopy(self.pipeline._vae).to(torch.bfloat16)
         self.decode = in_half_precision(lambda latents: half.decode(latents).sample, torch.bfloat16)
 
-    def sampled(self, scheduler, method=None, spec=None, network=None, strength=None):
+    def sampled(self, scheduler, method=None, spec=None, is_whole=True, strength=None):
         """Transfers while a batch is sampled; with guidance, after one batch of the kind, which places constants.
 
         Args:
-            network: in the place of the pipeline's.
+            is_whole: with the pipeline's networks, whose operators take their time on `meta`; in their place are
+                a product and an enlargement else.
             strength: of a start from images, where there is one.
         """
         for num_steps in (WARM_UP_STEPS, NUM_STEPS) if method else (NUM_STEPS,):
             model = ModelScheduler(config=BETAS | {"skip_prk_steps": True}, name=scheduler)
             sampler = make_sampler(SamplingSpec(scheduler="model", num_inference_steps=num_steps), model, META)
             denoiser = ClassifierFreeDenoiser(
-                self.pipeline.predict if network is None else network,
+                self.pipeline.predict if is_whole else halved,
                 conditional=self.condition,
                 unconditional=self.condition,
                 prediction=sampler.prediction,
                 guidance_scale=3.0,
                 guidance_rescale=0.7,
             )
-            guided = method(denoiser, spec, self.scene()) if method else denoiser
+            guided = method(denoiser, spec, self.scene(is_whole)) if method else denoiser
             noise = torch.empty(NUM_SAMPLES, *self.pipeline.latent_shape, device=META)
             start = None if strength is None else Start(latents=noise, strength=strength)
             with Transfers() as transfers:
                 sample(guided, sampler, noise, start)
         return transfers
 
-    def scene(self):
+    def scene(self, is_whole):
         """Of three samples between two classes."""
+        decode = self.decode if is_whole else in_half_precision(enlarged, torch.bfloat16)
 
         def conformity(images, labels, raw=False):
             return self.scorer.conformity_to(labels, raw=raw)(images)
@@ -139,7 +151,7 @@ class OnDevice:
             conformity=conformity,
             raw_conformity=functools.partial(conformity, raw=True),
             # Two slices, the second one of them smaller.
-            decoding=Decoding(decode=self.decode, slice_rows=2),
+            decoding=Decoding(decode=decode, slice_rows=2),
             labels=torch.full((NUM_SAMPLES,), 3, device=META),
             classes=((3, 8),) * NUM_SAMPLES,
         )
@@ -166,9 +178,11 @@ def test_the_recorder_sees_what_waits():
 @pytest.mark.parametrize("scheduler", [name for name in KINDS if name != "UniPCMultistepScheduler"])
 def test_sampling_waits_for_nothing(scheduler, on_device):
     """Places and noise levels are looked up on the host; UniPC of diffusers copies its coefficients at each step."""
-    transfers = on_device.sampled(scheduler)
+    # The UNet is the same for all.
+    is_whole = scheduler == "DDIMScheduler"
+    transfers = on_device.sampled(scheduler, is_whole=is_whole)
     assert (transfers.reads, transfers.copies) == ([], [])
-    begun = on_device.sampled(scheduler, strength=0.8)
+    begun = on_device.sampled(scheduler, is_whole=is_whole, strength=0.8)
     # PNDM has other timesteps after a start, which are placed once.
     assert (begun.reads, begun.copies) == ([], ["_to_copy"] if scheduler == "PNDMScheduler" else [])
 
@@ -192,8 +206,6 @@ def test_guidance_waits_once_for_a_gradient_at_most(guide, on_device):
     make, spec = GUIDES[guide]
     steps = [index for index in range(1, NUM_STEPS + 1) if spec.is_guided(index, NUM_STEPS)]
     num_through = sum(spec.is_through_unet(index, NUM_STEPS) for index in steps)
-    # What the UNet waits for without a gradient is seen above; operators of `meta` take their time.
-    network = None if num_through else lambda latents, *_: latents * 0.5
-    transfers = on_device.sampled("LMSDiscreteScheduler", make, spec, network=network)
+    transfers = on_device.sampled("LMSDiscreteScheduler", make, spec, is_whole=guide == "boundary, unet")
     assert len(transfers.reads) == num_through * (1 + guide.count("floor"))
     assert len(transfers.copies) == 3

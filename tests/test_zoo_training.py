@@ -47,6 +47,7 @@ from publishing import publish_parts, store_once, stored_bytes, unfinished, writ
 from replicas import Replicas  # noqa: E402
 from training import Recipe, fit  # noqa: E402
 
+from tests import commands  # noqa: E402
 from tools.targets.cifar_resnets import WEIGHTS, CifarResNet  # noqa: E402
 
 
@@ -69,10 +70,9 @@ def data(tmp_path: Path) -> Path:
 
 def train(data: Path, *options: str) -> str:
     """Run the script; what it printed."""
-    command = [sys.executable, "tools/zoo/train_cifar10.py", "--data", str(data), "--build-folder", str(data / "build")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = ["tools/zoo/train_cifar10.py", "--data", data, "--build-folder", data / "build"]
     short = ["--size", "cpu", "--max-steps", "2", "--threads", "1", *options]
-    done = subprocess.run([*command, *short], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = commands.python(*command, *short, folder=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
