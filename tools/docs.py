@@ -36,6 +36,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     *((f"guidance.{method.name}", method.load_spec()) for method in METHODS if method.is_guided),
     ("output", spec.OutputSpec),
     ("runtime", spec.RuntimeSpec),
+    ("runtime.resources", spec.ResourcesSpec),
 )
 # Patterns in words; a new one needs words, too.
 PATTERNS = {

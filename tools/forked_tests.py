@@ -69,15 +69,16 @@ class TestServer:
 
     Args:
         root: the copy.
+        libraries: what it imports before any test.
     """
 
     # Not a class of tests.
     __test__ = False
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, libraries: Sequence[str] = LIBRARIES) -> None:
         compile_by_content(root)
         self._process = subprocess.Popen(
-            [sys.executable, __file__], cwd=root, env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(root)},
+            [sys.executable, __file__, *libraries], cwd=root, env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(root)},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -116,11 +117,11 @@ def compile_by_content(root: Path) -> None:
     )  # fmt: skip
 
 
-def serve() -> None:
+def serve(libraries: Sequence[str]) -> None:
     """Answer requests until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    for name in LIBRARIES:
+    for name in libraries:
         # A library that this machine lacks is merely not preloaded.
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -212,4 +213,4 @@ def _children() -> list[int]:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1:])

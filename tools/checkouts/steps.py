@@ -31,7 +31,6 @@ SMALLER: dict[str, dict[str, Any]] = {
     "quickstart-cifar10": {f"requests.{number}.count": 8 for number in range(4)},
     "riskydiff-digits": {f"requests.{number}.count": 1 for number in range(10)},
     "riskydiff-mixtures": {f"requests.{number}.count": 1 for number in range(6)},
-    "riskydiff-sweep": {f"requests.{number}.count": 1 for number in range(13)},
 }  # fmt: skip
 # Artefacts that a job's comments ask for: arguments of `prepare`, the last one is the folder.
 ARTEFACTS: dict[str, list[tuple[str, ...]]] = {
