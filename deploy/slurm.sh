@@ -28,8 +28,11 @@ unset RAY_ADDRESS
 folder="/tmp/rf-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
 cores=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}
 head_ip=${RISKFORGE_HEAD_IP:-$(hostname -I | cut -d ' ' -f 1)}
+# At 0, Ray keeps the loopback address and no node joins; else it replaces that address by another one. Whoever calls
+# sbatch may have set it.
+export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=1
 if [ "$SLURM_JOB_NUM_NODES" -eq 1 ]; then
-  # Then nothing listens to the network. Ray replaces the loopback address by another one unless this variable is 0.
+  # Then nothing listens to the network.
   head_ip=127.0.0.1
   export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
 fi

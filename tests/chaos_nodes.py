@@ -308,8 +308,9 @@ def head_cut(site: Site) -> None:
 def await_lease(site: Site, name: str, **options: Any) -> Program:
     """A driver that is not refused for the lease of one that was lost with its machine."""
     while True:
+        before = len(site.log(name)) if (site.folder / f"{name}.log").exists() else 0
         driver = site.start(name, **options)
-        while driver.poll() is None and "joining Ray" not in site.log(name).rpartition("checking models")[2]:
+        while driver.poll() is None and "joining Ray" not in site.log(name)[before:]:
             time.sleep(0.1)
         if driver.poll() != EXIT_OWNED:
             return driver

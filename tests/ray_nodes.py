@@ -238,7 +238,8 @@ class Machines:
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_memory_monitor_refresh_ms": "0",
-            "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+            # Longer than the driver waits for a lost head before it ends the run itself, see `chaos_runs.LOST_SECONDS`.
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "30",
             **{f"RAY_health_check_{name}{'' if 'threshold' in name else '_ms'}": str(n) for name, n in HEALTH.items()},
         }
         self._rays: dict[Machine, Program] = {}
