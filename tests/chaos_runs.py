@@ -24,6 +24,7 @@ from engine.data.stores.opening import open_store
 from engine.driver.executors.base import Executor
 from engine.driver.progress import PlainDisplay
 from engine.driver.run import run_job
+from engine.driver.scheduling.messages import SchedulerLimits
 from engine.errors import EXIT_DRAINED, RiskforgeError
 from engine.generation.rescorer import rescore
 from engine.job.columns import RUN_COLUMNS
@@ -64,6 +65,8 @@ def drive(output: str, kind: str, options: dict[str, Any]) -> int:
             display=PlainDisplay(sys.stderr, every_seconds=1.0),
             make_worker=partial(make_sleepy, faults=Faults(**options.get("faults", {}))),
             retry=options.get("retry", False),
+            # A shard in quarantine would have the next round plan others in its place.
+            limits=SchedulerLimits(max_strikes=KILLS_A_RUN + 1) if is_address else None,
         ).exit_code
     except RiskforgeError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -93,9 +93,9 @@ def test_a_factory_is_called_again_only_where_something_has_changed(home: Path) 
     assert described()[0] == first
     (home / "kept_parts.py").write_text("BIAS = 1000\n")
     assert described()[0] not in (first, second[0])
-    (home / "kept_nets.py").write_text(CODE.replace("temperature=2.0", "temperature=3.0"))
+    (home / "kept_nets.py").write_text(CODE.replace("temperature=2.0", "temperature=3.25"))
     changed = described()
-    assert changed[1] == 2 and program_description.program_temperature("kept_nets:net") == 3.0
+    assert changed[1] == 2 and program_description.program_temperature("kept_nets:net") == 3.25
 
 
 def test_weights_next_to_a_factory_count_though_python_does_not_see_them_opened(home: Path) -> None:

@@ -106,7 +106,8 @@ def test_digests_follow_weights_and_settings(home: Path, tmp_path: Path, importa
     side.write_text(json.dumps(SETTINGS | {"temperature": 3.0}))
     assert model_digest(str(weights)) != before
     asked = [model_digest("digit_nets:net")]
-    for change in ("seed=6", "seed=5"):
+    # Python takes kept bytecode for current where a file's second and size are the same.
+    for change in ("seed=66", "seed=5"):
         (home / "digit_nets.py").write_text(FACTORY.replace("seed=5", change))
         asked.append(digest_in_a_new_process("digit_nets:net", home))
     assert asked[0] == asked[2] != asked[1]

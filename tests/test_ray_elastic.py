@@ -17,7 +17,7 @@ from engine.driver.executors.ray_cluster import prepare_environment
 from engine.driver.scheduling.messages import WorkerPlaced
 from engine.errors import EXIT_OK, JobError
 from engine.job.resources import ResourcesSpec
-from tests.sleepy import Faults, Recorder, run_sleepy, wait_until
+from tests.sleepy import Faults, Gates, Recorder, run_sleepy, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,11 @@ def test_machines_that_join_are_used_and_those_that_leave_are_not_waited_for(
     monkeypatch.setattr(ray_executor, "LOOK_SECONDS", 0.5)
     output, display, codes = tmp_path / "run", Recorder(), []
     executor = RayExecutor(address=cluster.address, num_workers=None, device="cpu")
+    gates = Gates(tmp_path)
 
     def run() -> None:
-        faults = Faults(seconds=0.3)
+        # The first shard is made at once; the run does not end before the gates are open.
+        faults = Faults(gated=range(1, 16), gates=str(tmp_path))
         codes.append(run_sleepy(output, 16, executor, display=display, faults=faults).exit_code)
 
     running = threading.Thread(target=run)
@@ -55,10 +57,15 @@ def test_machines_that_join_are_used_and_those_that_leave_are_not_waited_for(
     [begun] = events(output, "started")
     assert begun["workers"] == 1
     machine = cluster.add_node(num_cpus=2, labels={"zone": "b"})
-    wait_until(lambda: {event["worker"] for event in events(output, "committed")} >= {0, 1, 2}, "three workers work")
+    wait_until(lambda: len(gates.waiting()) == 3, "three workers work")
+    gates.open(*gates.waiting())
+    wait_until(lambda: {event["worker"] for event in events(output, "committed")} >= {0, 1, 2}, "three workers commit")
+    wait_until(lambda: len(gates.waiting()) == 6, "they work on")
     assert executor.describe()["workers"] == 3
     check_placement(executor)
     cluster.remove_node(machine)
+    wait_until(lambda: len(events(output, "replaced")) == 2, "both workers are given up")
+    gates.open(*range(16))
     running.join(120)
     assert codes == [EXIT_OK] and not (output / "_state/quarantine").exists()
     lost = [event["message"] for event in events(output, "replaced")]
