@@ -67,6 +67,8 @@ ALLOWED_UNETS = {
     "cross-middle": SIMPLE_BLOCKS | {"mid_block_only_cross_attention": True},
     "no-middle": {"mid_block_type": None},
     "centred": {"center_input_sample": True},
+    "guidance-embedding": {"time_cond_proj_dim": 8},
+    "odd-guidance-embedding": {"time_cond_proj_dim": 7},
     "reversed": {"transformer_layers_per_block": (1, 1), "reverse_transformer_layers_per_block": (1, 1)},
 }
 # Values of options that ask the pipeline for what it is not given.
@@ -77,7 +79,7 @@ REFUSED_UNETS = {
     "addition_time_embed_dim": (),
     "encoder_hid_dim_type": ("image_proj", "text_image_proj", "ip_image_proj"),
     "encoder_hid_dim": (999,),
-    "time_cond_proj_dim": (256,),
+    "time_cond_proj_dim": (0, 2, "256", 8.0, [8]),
     "class_embed_type": ("timestep", "identity", "projection", "simple_projection"),
     "num_class_embeds": (1000,),
     "projection_class_embeddings_input_dim": (),

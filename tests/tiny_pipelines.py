@@ -144,7 +144,8 @@ def by_diffusers(pipeline: Any, steps: int, *, prompts: list[str] = PROMPTS, **o
 def by_engine(model: Pipeline, steps: int, *, prompts: list[str] = PROMPTS, **options: Any) -> torch.Tensor:
     """The same of the engine; `options` are of `sampling`."""
     spec = SamplingSpec(num_inference_steps=steps, guidance_scale=3.0, **options)
-    sampler, noise = model.sampler(spec), model.draw_noise(SEEDS[: len(prompts)])
+    stream = model.noise_stream(SEEDS[: len(prompts)])
+    noise, sampler = model.first_noise(stream), model.sampler(spec, stream)
     images = None
     if EMBEDDINGS in noise:
         images = ImageConditioning(embeds=embeds(noise[EMBEDDINGS].shape[1]), noise=noise, noise_level=100)

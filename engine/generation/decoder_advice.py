@@ -72,7 +72,7 @@ def _advice(job: JobSpec, request: RequestSpec) -> DecoderAdvice | None:
     if not guided or folder is None or not has_configurations(folder):
         return None
     address, *counted = _counted(pipeline, folder)
-    halves = 2 if sampling.guidance_scale > 1 else 1
+    halves = 2 if sampling.guidance_scale > 1 and not family_of(folder, pipeline).embeds_guidance(folder) else 1
     num_through_unet = sum(parameters.is_through_unet(index, steps) for index in guided)
     totals = [
         one.guided(len(taken), len(guided), num_through_unet=num_through_unet, num_halves=halves)

@@ -307,8 +307,8 @@ class Generator:
     ) -> tuple[ClassifierFreeDenoiser, Sampler, Tensor]:
         """What samples without guidance, and the noise [B, C, h, w] to start from."""
         model, sampling = self._model(request), self._job.sampling_of(self._job.requests[request])
-        sampler = model.sampler(sampling)
-        drawn = model.draw_noise([spec.seed for spec in specs])
+        stream = model.noise_stream([spec.seed for spec in specs])
+        drawn, sampler = model.first_noise(stream), model.sampler(sampling, stream)
         images = self._image_conditioning(request, draws, drawn)
         denoiser = model.denoiser([spec.prompt for spec in specs], sampling, sampler, images)
         return denoiser, sampler, drawn[LATENTS]

@@ -11,12 +11,12 @@ from engine.methods.fields import Context, Number, Spec
 
 
 class SamplingSpec(Spec):
-    """How the diffusion model samples. All schedulers are deterministic given the first noise."""
+    """How the diffusion model samples. Whatever a scheduler draws is of the sample's own seed."""
 
-    scheduler: Literal["lms", "ddim", "euler", "dpmsolver++", "model"] = Field(
+    scheduler: Literal["lms", "ddim", "euler", "dpmsolver++", "lcm", "model"] = Field(
         default="lms",
-        description="Sampler: k-LMS, DDIM with eta 0, Euler, DPM-Solver++ (2M), or the model's own, where that draws no"
-        " noise.",
+        description="Sampler: k-LMS, DDIM with eta 0, Euler, DPM-Solver++ (2M), LCM for models that are distilled to a"
+        " few steps, or the model's own.",
     )
     num_inference_steps: StrictInt = Field(default=40, ge=1, le=1000, description="Number of denoising steps T.")
     guidance_scale: Number = Field(default=7.5, ge=1, le=100, description="Classifier-free guidance scale; 1 is off.")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from engine.job.spec import ConditioningSpec
     from engine.methods.sampling.denoiser import ClassifierFreeDenoiser, Condition
+    from engine.methods.sampling.noise import NoiseStream
     from engine.methods.sampling.schedulers import Sampler
     from engine.methods.sampling.spec import SamplingSpec
     from engine.models.decoding import Decoder
@@ -157,6 +158,18 @@ class Pipeline(ABC):
         """Levels of the noise on image embeddings of a folder that `check` lets through; 0 if it takes none."""
         return 0
 
+    @classmethod
+    def embeds_guidance(cls, folder: Path) -> bool:
+        """Whether the network takes the guidance scale as an input, in place of two halves; see `guidance_inputs`."""
+        return False
+
+    @classmethod
+    def training_problem(cls, folder: Path) -> str:
+        """Why a folder that `check` lets through cannot be fine-tuned, as a predicate with the remedy; else empty."""
+        if cls.trained_part:
+            return ""
+        return f"is a {cls.class_name}, which can be sampled but not fine-tuned here; give a Stable Diffusion pipeline"
+
     # Loading.
 
     @classmethod
@@ -223,20 +236,30 @@ class Pipeline(ABC):
             make_steady(self._network)
             make_steady(self._vae)
 
-    def draw_noise(self, seeds: Sequence[int]) -> dict[str, Tensor]:
-        """Standard normal noise [B, ...] by name; of each sample a function of its seed alone.
+    def noise_stream(self, seeds: Sequence[int]) -> NoiseStream:
+        """The noise of a batch; of each sample a function of its seed alone.
 
         Args:
             seeds: one per sample, non-negative, below 2^63.
         """
-        from engine.methods.sampling.noise import draw_noise
+        from engine.methods.sampling.noise import NoiseStream
 
-        shapes = self.noise_shapes
-        return dict(zip(shapes, draw_noise(seeds, *shapes.values(), device=self.hardware.device), strict=True))
+        return NoiseStream(seeds, self.hardware.device)
+
+    def first_noise(self, stream: NoiseStream) -> dict[str, Tensor]:
+        """Standard normal noise [B, ...] by name, which a fresh stream gives before that of the steps."""
+        return {name: stream.draw(shape) for name, shape in self.noise_shapes.items()}
+
+    def draw_noise(self, seeds: Sequence[int]) -> dict[str, Tensor]:
+        """The same of samples whose steps draw none."""
+        return self.first_noise(self.noise_stream(seeds))
 
     @abstractmethod
-    def sampler(self, spec: SamplingSpec) -> Sampler:
+    def sampler(self, spec: SamplingSpec, noise: NoiseStream | None = None) -> Sampler:
         """A fresh sampler, for one batch.
+
+        Args:
+            noise: of the batch, after `first_noise`, for a scheduler that draws noise at its steps.
 
         Raises:
             ValueError: the combination is impossible with this model.
@@ -281,17 +304,26 @@ class Pipeline(ABC):
             sampler: knows what the network predicts.
             images: image embeddings, for a family with `embedding_parts`.
         """
-        from engine.methods.sampling.denoiser import ClassifierFreeDenoiser
+        from engine.methods.sampling.denoiser import ClassifierFreeDenoiser, Condition
 
         conditional, unconditional = self.conditions(prompts, spec.negative_prompt, images)
+        scale = spec.guidance_scale
+        if inputs := self.guidance_inputs(scale, len(prompts)):
+            # The network itself guides: there is no unconditional half.
+            conditional = unconditional = Condition({**conditional.tensors, **inputs})
+            scale = 1.0
         return ClassifierFreeDenoiser(
             self.predict,
             conditional=conditional,
             unconditional=unconditional,
             prediction=sampler.prediction,
-            guidance_scale=spec.guidance_scale,
+            guidance_scale=scale,
             guidance_rescale=spec.guidance_rescale,
         )
+
+    def guidance_inputs(self, guidance_scale: float, num_rows: int) -> Mapping[str, Tensor]:
+        """Inputs of the network [B, ...] by name that tell it the guidance scale; none where it does not take that."""
+        return {}
 
     @abstractmethod
     def predict(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
