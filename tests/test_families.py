@@ -20,9 +20,9 @@ import pytest
 import torch
 
 from engine.methods.sampling.denoiser import Prediction, predicted_eps, predicted_x0
+from engine.methods.sampling.flow import FlowMatching
 from engine.methods.sampling.loop import Start, sample
 from engine.methods.sampling.noise import draw_noise
-from engine.methods.sampling.schedulers import SchedulerAdapter
 from tests import commands
 from tests.conftest import REPOSITORY
 from tests.tiny_pipelines import load_reference, save_xl_pipeline
@@ -120,18 +120,7 @@ def test_a_new_family_is_checked_without_torch_and_named_in_refusals(package, fo
     done = subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True, check=True)
     first, second = done.stdout.splitlines()
     assert "cross_attention_dim: 16, the embeddings of the text encoders have 32 entries" in first
-    assert second.startswith("'x' is a Y; what runs: a StableDiffusionXLPipeline, a StableDiffusionPipeline or a ")
-
-
-class FlowMatching(SchedulerAdapter):
-    """diffusers' scheduler of flow matching: latents `(1 - sigma) x0 + sigma eps`, the network predicts `eps - x0`."""
-
-    prediction = "flow"
-    init_noise_sigma = 1.0
-
-    def levels(self, place: int, timestep: torch.Tensor) -> tuple[float, float]:
-        sigma = float(self._scheduler.sigmas[place])
-        return 1 - sigma, sigma
+    assert second.startswith("'x' is a Y; what runs: a StableDiffusionXLPipeline, a StableDiffusionPipeline, ")
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ from tests.tiny_pipelines import (
 )
 
 TOLERANCE = 1e-4
-RUN = {"StableDiffusionPipeline", "StableUnCLIPImg2ImgPipeline"}
+RUN = {"StableDiffusionPipeline", "StableUnCLIPImg2ImgPipeline", "StableDiffusion3Pipeline"}
 CONFIGURATIONS = {"model_index.json", "config.json", "scheduler_config.json", "tokenizer_config.json"}
 SCHEDULERS = ("lms", "ddim", "euler", "dpmsolver++", "model")
 UNET_OPTIONS = set(inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters) - {"self"}

@@ -47,11 +47,13 @@ class LatentSpace:
         channels: of the latents.
         pixels_per_latent: pixels of a side for each latent.
         scaling_factor: by which the autoencoder's latents are multiplied before they are noised.
+        shift_factor: what is subtracted from them before that.
     """
 
     channels: int
     pixels_per_latent: int
     scaling_factor: float
+    shift_factor: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -354,11 +356,11 @@ class Pipeline(ABC):
         network = self._network if torch.is_grad_enabled() or self._is_plain else self._fast_network
         latents = latents.to(dtype=self._network.dtype, memory_format=self._layout)
         if self.hardware.is_cpu:
-            output: Tensor = network(latents, timestep, return_dict=False, **inputs)[0]
+            output: Tensor = network(latents, timestep=timestep, return_dict=False, **inputs)[0]
             return output
         rows, most = len(latents), self._measured(latents, timestep, inputs).rows_below(MAX_ELEMENTS)
         outputs = [
-            network(latents[part], rows_of(timestep, rows, part), return_dict=False, **rows_of(inputs, rows, part))[0]
+            network(latents[part], return_dict=False, **rows_of({"timestep": timestep, **inputs}, rows, part))[0]
             for part in even_slices(rows, most)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -8,6 +8,7 @@ from typing import Any
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "engine.models.pipelines.stable_diffusion:StableDiffusion",
     "StableUnCLIPImg2ImgPipeline": "engine.models.pipelines.unclip:StableUnclip",
+    "StableDiffusion3Pipeline": "engine.models.pipelines.stable_diffusion_3:StableDiffusion3",
 }
 
 

@@ -1,0 +1,105 @@
+"""Tiny pipelines of flow matching with random weights, as diffusers saves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from engine.models.addresses import resolve
+from tests.tiny_pipelines import ENCODER, VAE, load_reference, quiet
+
+# Of T5: letters, so that any prompt has tokens.
+LETTERS = "▁abcdefghijklmnopqrstuvwxyz"
+WIDTH = 40
+CLIP_TOKENS = 32
+TRANSFORMER: dict[str, Any] = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 16,
+    "num_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": WIDTH,
+    "caption_projection_dim": 16,
+    "pooled_projection_dim": 20,
+    "out_channels": 16,
+    "pos_embed_max_size": 16,
+}
+SHIFTED_VAE: dict[str, Any] = {
+    "latent_channels": 16,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+# None is diffusers' default: from those another scheduler than the model's own would not inherit them.
+DYNAMIC: dict[str, Any] = {
+    "use_dynamic_shifting": True,
+    "base_image_seq_len": 8,
+    "max_image_seq_len": 64,
+    "base_shift": 0.4,
+    "max_shift": 1.2,
+}
+
+
+def euler(**options: Any) -> Any:
+    """The scheduler of most models of flow matching."""
+    return diffusers.FlowMatchEulerDiscreteScheduler(**({"shift": 3.0} | options))
+
+
+def t5_parts(seed: int = 0, *, width: int = WIDTH) -> tuple[Any, Any]:
+    """A text encoder, and a tokenizer of letters."""
+    torch.manual_seed(seed)
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -2.0) for letter in LETTERS)]
+    tokenizer = transformers.T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=512)
+    config = transformers.T5Config(
+        vocab_size=len(vocabulary), d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0
+    )
+    return transformers.T5EncoderModel(config).eval(), tokenizer
+
+
+def save_sd3(
+    folder: Path,
+    *,
+    with_t5: bool = False,
+    scheduler: Any = None,
+    transformer: dict[str, Any] | None = None,
+    vae: dict[str, Any] | None = None,
+) -> Path:
+    """Save a Stable Diffusion 3; `transformer` and `vae` are changes of their options."""
+    quiet()
+    torch.manual_seed(0)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(resolve("zoo:digits/stable-diffusion") / "tokenizer")
+    text: dict[str, Any] = ENCODER | {"vocab_size": len(tokenizer), "max_position_embeddings": CLIP_TOKENS}
+    text |= {"num_hidden_layers": 2, "bos_token_id": 651, "eos_token_id": 652}
+    first, second = (
+        transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**text, projection_dim=dim))
+        for dim in (12, 8)
+    )
+    network = diffusers.SD3Transformer2DModel(**TRANSFORMER | (transformer or {}))
+    for parameter in network.parameters():
+        # As trained ones are: with diffusers' zeros the output would not depend on the prompt.
+        torch.nn.init.normal_(parameter, std=0.1)
+    t5, letters = t5_parts() if with_t5 else (None, None)
+    diffusers.StableDiffusion3Pipeline(
+        transformer=network,
+        vae=diffusers.AutoencoderKL(**VAE | SHIFTED_VAE | (vae or {})),
+        text_encoder=first,
+        tokenizer=tokenizer,
+        text_encoder_2=second,
+        tokenizer_2=tokenizer,
+        text_encoder_3=t5,
+        tokenizer_3=letters,
+        scheduler=scheduler or euler(),
+    ).save_pretrained(folder)
+    return folder
+
+
+def load_sd3(folder: Path) -> Any:
+    """A Stable Diffusion 3 as diffusers loads it, which is to be told that a T5 is left out."""
+    has_t5 = (folder / "text_encoder_3").is_dir()
+    return load_reference(folder, **({} if has_t5 else {"text_encoder_3": None, "tokenizer_3": None}))
