@@ -22,8 +22,9 @@ MIN_SAVING = 0.2
 PRICE_FILE = Path(__file__).parent / "decoder_price.json"
 # Of a zoo whose pipelines have one autoencoder, which it was trained on.
 ZOO_DECODER = "tiny-autoencoder"
-TAESD = "madebyollin/taesd"
-# What distinguishes the autoencoder of Stable Diffusion 1.x and 2.x, for which TAESD was made, by its configuration.
+TAESD, TAESDXL = "madebyollin/taesd", "madebyollin/taesdxl"
+# What distinguishes the autoencoder of Stable Diffusion 1.x and 2.x, for which TAESD was made, by its configuration;
+# that of Stable Diffusion XL has the same architecture and another scale.
 SD_AUTOENCODER = {
     "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "scaling_factor": 0.18215,
 }  # fmt: skip
@@ -71,7 +72,9 @@ def _advice(job: JobSpec, request: RequestSpec) -> DecoderAdvice | None:
     folder = locate(pipeline).folder
     if not guided or folder is None or not has_configurations(folder):
         return None
-    address, *counted = _counted(pipeline, folder)
+    if (found := _counted(pipeline, folder)) is None:
+        return None
+    address, *counted = found
     halves = 2 if sampling.guidance_scale > 1 and not family_of(folder, pipeline).embeds_guidance(folder) else 1
     num_through_unet = sum(parameters.is_through_unet(index, steps) for index in guided)
     totals = [
@@ -87,11 +90,15 @@ def _advice(job: JobSpec, request: RequestSpec) -> DecoderAdvice | None:
 
 
 @functools.lru_cache(maxsize=8)
-def _counted(pipeline: str, folder: Path) -> tuple[str, Arithmetic, Arithmetic]:
-    """The address of a tiny decoder, and the arithmetic of a sample without and with one, each in about a second."""
+def _counted(pipeline: str, folder: Path) -> tuple[str, Arithmetic, Arithmetic] | None:
+    """The address of a tiny decoder, and the arithmetic of a sample without and with one, each in about a second.
+
+    Returns:
+        None for a family of pipelines whose arithmetic is not counted.
+    """
     address, config = _tiny_decoder(pipeline, folder)
     full = count_folder(folder)
-    return address, full, behind_tiny(full, folder, config)
+    return None if full is None else (address, full, behind_tiny(full, folder, config))
 
 
 def _tiny_decoder(pipeline: str, folder: Path) -> tuple[str, dict[str, Any]]:
@@ -114,7 +121,8 @@ def _tiny_decoder(pipeline: str, folder: Path) -> tuple[str, dict[str, Any]]:
         "num_decoder_blocks": [*[3] * (num_stages - 1), 1],
     }
     vae = read_config(folder / "vae" / "config.json") | {"scaling_factor": latents.scaling_factor}
-    return TAESD if SD_AUTOENCODER.items() <= vae.items() else "", config
+    made_for = {TAESD: SD_AUTOENCODER, TAESDXL: SD_AUTOENCODER | {"scaling_factor": 0.13025}}
+    return next((address for address, known in made_for.items() if known.items() <= vae.items()), ""), config
 
 
 def read_price() -> dict[str, Any]:

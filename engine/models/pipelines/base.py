@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -164,6 +164,17 @@ class Pipeline(ABC):
     def embeds_guidance(cls, folder: Path) -> bool:
         """Whether the network takes the guidance scale as an input, in place of two halves; see `guidance_inputs`."""
         return False
+
+    @classmethod
+    def bare_network(cls, folder: Path) -> Callable[[Tensor], Tensor] | None:
+        """The network of a folder without its weights, for counting: a forward pass of latents [1, C, h, w].
+
+        All that it holds is on torch's default device: within `torch.device("meta")` it takes no memory.
+
+        Returns:
+            None where its arithmetic is not counted.
+        """
+        return None
 
     @classmethod
     def training_problem(cls, folder: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -180,6 +180,26 @@ class StableDiffusion(Pipeline):
         return read_config(folder / "unet" / "config.json").get("time_cond_proj_dim") is not None
 
     @classmethod
+    def bare_network(cls, folder: Path) -> Callable[[Tensor], Tensor]:
+        """The UNet with inputs for one row; see `Pipeline.bare_network`."""
+        import torch
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+        config = read_config(folder / "unet" / "config.json")
+        unet = UNet2DConditionModel.from_config(config).requires_grad_(False).eval()
+        inputs = {name: torch.empty(1, *shape) for name, shape in cls.input_shapes(folder, config).items()}
+        if dim := config.get("time_cond_proj_dim"):
+            inputs[GUIDANCE] = torch.empty(1, dim)
+        timestep, arguments = torch.zeros(1), cls.network_arguments(inputs)
+        return lambda latents: unet(latents, timestep, return_dict=False, **arguments)[0]
+
+    @classmethod
+    def input_shapes(cls, folder: Path, unet: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Shapes of what `encode` and `conditions` give for a sample, by name."""
+        encoder = text_config(folder / "text_encoder")
+        return {TEXT: (encoder.get("max_position_embeddings", 77), encoder.get("hidden_size", 512))}
+
+    @classmethod
     def training_problem(cls, folder: Path) -> str:
         """Models that are distilled to few steps; see `Pipeline.training_problem`."""
         if problem := super().training_problem(folder):
@@ -285,8 +305,13 @@ class StableDiffusion(Pipeline):
         return {GUIDANCE: embedding.to(self.hardware.device, self._network.dtype)}
 
     def predict(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        """Output [B, C, H, W] of the UNet, whose inputs a condition's names are."""
-        return self.call_network(latents, timestep, **condition.tensors)
+        """Output [B, C, H, W] of the UNet."""
+        return self.call_network(latents, timestep, **self.network_arguments(condition.tensors))
+
+    @classmethod
+    def network_arguments(cls, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The tensors of a condition as the UNet's forward pass takes them."""
+        return dict(inputs)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents [B, C, h, w] of images [B, 3, H, W] in [0, 1]: the mode of the autoencoder's posterior, scaled."""

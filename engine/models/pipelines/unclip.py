@@ -84,6 +84,11 @@ class StableUnclip(StableDiffusion):
         return []
 
     @classmethod
+    def input_shapes(cls, folder: Path, unet: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """As of Stable Diffusion, and the class labels; see `StableDiffusion.input_shapes`."""
+        return super().input_shapes(folder, unet) | {LABELS: (unet["projection_class_embeddings_input_dim"],)}
+
+    @classmethod
     def num_noise_levels(cls, folder: Path) -> int:
         """Levels of the noise on image embeddings; see `Pipeline.num_noise_levels`."""
         levels: int = read_config(folder / _NOISING / "scheduler_config.json").get("num_train_timesteps", 1000)
