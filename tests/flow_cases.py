@@ -9,13 +9,19 @@ import diffusers
 import torch
 import transformers
 
+from engine.methods.sampling.loop import Start, sample
+from engine.methods.sampling.spec import SamplingSpec
 from engine.models.addresses import resolve
-from tests.tiny_pipelines import ENCODER, VAE, load_reference, quiet
+from engine.models.diffusion import load_pipeline
+from engine.models.hardware import Hardware
+from engine.models.pipelines.base import LATENTS
+from tests.tiny_pipelines import ENCODER, PROMPTS, SEEDS, VAE, edit, load_reference, quiet
 
 # Of T5: letters, so that any prompt has tokens.
 LETTERS = "▁abcdefghijklmnopqrstuvwxyz"
 WIDTH = 40
 CLIP_TOKENS = 32
+STEPS = 4
 TRANSFORMER: dict[str, Any] = {
     "sample_size": 8,
     "patch_size": 2,
@@ -103,3 +109,88 @@ def load_sd3(folder: Path) -> Any:
     """A Stable Diffusion 3 as diffusers loads it, which is to be told that a T5 is left out."""
     has_t5 = (folder / "text_encoder_3").is_dir()
     return load_reference(folder, **({} if has_t5 else {"text_encoder_3": None, "tokenizer_3": None}))
+
+
+def with_scheduler(folder: Path, scheduler: Any) -> Path:
+    """The folder with another scheduler."""
+    scheduler.save_pretrained(folder / "scheduler")
+    edit(folder / "model_index.json", scheduler=["diffusers", type(scheduler).__name__])
+    return folder
+
+
+def dpm_solver(scheduler: Any) -> Any:
+    """DPM-Solver++ for flow matching, as diffusers' documents have it made from a model's own scheduler."""
+    options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    return diffusers.DPMSolverMultistepScheduler.from_config(scheduler.config, **options)
+
+
+# By the job's scheduler and the options of the model's own: that one, the job's sampling, and what diffusers samples
+# with; the model's own where that is None.
+Scheduler = tuple[Any, dict[str, Any], Any]
+SCHEDULERS: dict[str, Scheduler] = {
+    "`euler`": (euler(), {"scheduler": "euler"}, None),
+    "`model`, no shift": (euler(shift=1.0), {"scheduler": "model"}, None),
+    "`model`, dynamic shift": (euler(**DYNAMIC), {"scheduler": "model"}, None),
+    "`euler`, linear dynamic shift": (euler(**DYNAMIC, time_shift_type="linear"), {"scheduler": "euler"}, None),
+    "`euler`, Karras": (euler(), {"scheduler": "euler", "use_karras_sigmas": True}, euler(use_karras_sigmas=True)),
+    "`euler`, exponential": (euler(use_exponential_sigmas=True), {"scheduler": "euler"}, None),
+    "`model`, beta": (euler(use_beta_sigmas=True), {"scheduler": "model"}, None),
+    "`dpmsolver++`": (euler(), {"scheduler": "dpmsolver++"}, dpm_solver(euler())),
+    "`dpmsolver++`, dynamic shift": (euler(**DYNAMIC), {"scheduler": "dpmsolver++"}, dpm_solver(euler(**DYNAMIC))),
+    "`model`, FlowMatchHeunDiscrete": (
+        diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0),
+        {"scheduler": "model"},
+        None,
+    ),
+}
+SCALES = (1.0, 4.0)
+
+
+def engine_latents(
+    model: Any, prompts: list[str] = PROMPTS, start: Start | None = None, **sampling: Any
+) -> list[torch.Tensor]:
+    """Latents of the engine, and their images."""
+    spec = SamplingSpec(**{"num_inference_steps": STEPS, "guidance_scale": 3.0} | sampling)
+    sampler, noise = model.sampler(spec), model.draw_noise(SEEDS[: len(prompts)])
+    with torch.no_grad():
+        latents = sample(model.denoiser(prompts, spec, sampler), sampler, noise[LATENTS], start)
+        return [latents, model.decode(latents).clamp(0, 1)]
+
+
+def diffusers_latents(pipeline: Any, prompts: list[str] = PROMPTS, **options: Any) -> list[torch.Tensor]:
+    """The same of diffusers' pipeline."""
+    made = []
+    for output in ("latent", "pt"):
+        generators = [torch.Generator().manual_seed(seed) for seed in SEEDS[: len(prompts)]]
+        options = {"num_inference_steps": STEPS, "guidance_scale": 3.0} | options
+        made.append(pipeline(prompt=prompts, generator=generators, output_type=output, **options).images)
+    return made
+
+
+class BothFlows:
+    """One pipeline in both programs.
+
+    Args:
+        folder: of a Stable Diffusion 3; its scheduler is changed.
+        hardware: where the engine's runs.
+    """
+
+    def __init__(self, folder: Path, hardware: Hardware) -> None:
+        self.folder = folder
+        self.model: Any = load_pipeline(str(folder), hardware)
+        self.reference = load_sd3(folder)
+
+    def with_scheduler(self, name: str) -> dict[str, Any]:
+        """Let both have one of `SCHEDULERS`: the job's sampling."""
+        own, sampling, theirs = SCHEDULERS[name]
+        self.model._scheduler = self.model.read_scheduler(with_scheduler(self.folder, own))
+        self.reference.scheduler = theirs or own
+        return sampling
+
+    def differences(self, name: str, scale: float) -> list[float]:
+        """Largest differences of latents, and of images in [0, 1], with the same seeds, of two samples."""
+        sampling = self.with_scheduler(name)
+        made = engine_latents(self.model, guidance_scale=scale, **sampling)
+        expected = diffusers_latents(self.reference, guidance_scale=scale)
+        assert expected[1].std() > 0.01
+        return [float((ours - theirs).abs().max()) for ours, theirs in zip(made, expected, strict=True)]

@@ -18,41 +18,29 @@ from engine.driver.checks import plan_job
 from engine.errors import JobError
 from engine.generation.generator import Generator
 from engine.job.parsing import parse_job
-from engine.methods.sampling.loop import Start, sample
-from engine.methods.sampling.spec import SamplingSpec
+from engine.methods.sampling.loop import Start
+from engine.models.arithmetic import count_folder
 from engine.models.diffusion import load_pipeline
 from engine.models.job_checks import check_addresses
-from engine.models.pipelines.base import LATENTS
 from engine.models.pipelines.lookup import family_of
 from tests import commands
 from tests.conftest import REPOSITORY
-from tests.flow_cases import CLIP_TOKENS, DYNAMIC, euler, load_sd3, save_sd3
+from tests.flow_cases import (
+    CLIP_TOKENS,
+    SCALES,
+    SCHEDULERS,
+    STEPS,
+    BothFlows,
+    diffusers_latents,
+    engine_latents,
+    load_sd3,
+    save_sd3,
+    with_scheduler,
+)
 from tests.test_starts import Told
-from tests.tiny_pipelines import PROMPTS, SEEDS, edit, job_of
+from tests.tiny_pipelines import edit, job_of
 
 TOLERANCE = 1e-5
-STEPS = 4
-
-
-def dpm_solver(scheduler, **shift):
-    """DPM-Solver++ for flow matching, as diffusers' documents have it made from a model's own scheduler."""
-    options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0} | shift
-    return diffusers.DPMSolverMultistepScheduler.from_config(scheduler.config, **options)
-
-
-# The scheduler of the folder, sampling of the job, and the scheduler with which diffusers samples; else its own.
-SCHEDULERS = {
-    "euler": (euler(), {"scheduler": "euler"}, None),
-    "model": (euler(shift=1.0), {"scheduler": "model"}, None),
-    "dynamic shift": (euler(**DYNAMIC), {"scheduler": "model"}, None),
-    "dynamic shift, linear": (euler(**DYNAMIC, time_shift_type="linear"), {"scheduler": "euler"}, None),
-    "karras": (euler(), {"scheduler": "euler", "use_karras_sigmas": True}, euler(use_karras_sigmas=True)),
-    "exponential": (euler(use_exponential_sigmas=True), {"scheduler": "euler"}, None),
-    "beta": (euler(use_beta_sigmas=True), {"scheduler": "model"}, None),
-    "dpmsolver++": (euler(), {"scheduler": "dpmsolver++"}, dpm_solver(euler())),
-    "dpmsolver++, dynamic shift": (euler(**DYNAMIC), {"scheduler": "dpmsolver++"}, dpm_solver(euler(**DYNAMIC))),
-    "heun": (diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0), {"scheduler": "model"}, None),
-}
 
 
 @pytest.fixture(scope="module")
@@ -82,35 +70,9 @@ def copy_of(tmp_path):
 
 
 @pytest.fixture
-def both(folder, hardware):
+def both(folder, copy_of, hardware):
     """The pipeline without T5, as the engine and as diffusers loads it."""
-    return load_pipeline(str(folder), hardware), load_sd3(folder)
-
-
-def with_scheduler(folder: Path, scheduler) -> Path:
-    """The folder with another scheduler."""
-    scheduler.save_pretrained(folder / "scheduler")
-    edit(folder / "model_index.json", scheduler=["diffusers", type(scheduler).__name__])
-    return folder
-
-
-def engine_latents(model, prompts=PROMPTS, start=None, **sampling):
-    """Latents of the engine, and their images."""
-    spec = SamplingSpec(**{"num_inference_steps": STEPS, "guidance_scale": 3.0} | sampling)
-    sampler, noise = model.sampler(spec), model.draw_noise(SEEDS[: len(prompts)])
-    with torch.no_grad():
-        latents = sample(model.denoiser(prompts, spec, sampler), sampler, noise[LATENTS], start)
-        return latents, model.decode(latents).clamp(0, 1)
-
-
-def diffusers_latents(pipeline, prompts=PROMPTS, **options):
-    """The same of diffusers' pipeline."""
-    made = []
-    for output in ("latent", "pt"):
-        generators = [torch.Generator().manual_seed(seed) for seed in SEEDS[: len(prompts)]]
-        options = {"num_inference_steps": STEPS, "guidance_scale": 3.0} | options
-        made.append(pipeline(prompt=prompts, generator=generators, output_type=output, **options).images)
-    return made
+    return BothFlows(copy_of(folder), hardware)
 
 
 def assert_equal(made, expected):
@@ -121,17 +83,11 @@ def assert_equal(made, expected):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers_give_what_diffusers_gives(name, folder, copy_of, both):
+def test_schedulers_give_what_diffusers_gives(name, both):
     """Every scheduler that runs, with and without classifier-free guidance."""
-    own, sampling, theirs = SCHEDULERS[name]
-    model, reference = both
-    changed = with_scheduler(copy_of(folder), own)
-    check_addresses(job_of(changed, sampling=sampling | {"num_inference_steps": STEPS}))
-    model._scheduler = model.read_scheduler(changed)
-    reference.scheduler = theirs or own
-    for scale in (1.0, 4.0):
-        made = engine_latents(model, guidance_scale=scale, **sampling)
-        assert_equal(made, diffusers_latents(reference, guidance_scale=scale))
+    sampling = both.with_scheduler(name)
+    check_addresses(job_of(both.folder, sampling=sampling | {"num_inference_steps": STEPS}))
+    assert all(max(both.differences(name, scale)) < TOLERANCE for scale in SCALES)
 
 
 def test_with_t5_it_gives_what_diffusers_gives(with_t5, hardware):
@@ -175,36 +131,33 @@ def test_other_transformers_run(transformer, vae, tmp_path, hardware):
     assert_equal(made, diffusers_latents(load_sd3(folder), num_inference_steps=2))
 
 
-@pytest.mark.parametrize("name", ["euler", "heun", "dpmsolver++"])
-def test_a_start_is_that_of_image_to_image(name, folder, copy_of, both):
+@pytest.mark.parametrize("name", ["`euler`", "`model`, FlowMatchHeunDiscrete", "`dpmsolver++`"])
+def test_a_start_is_that_of_image_to_image(name, both):
     """`(1 - sigma) x0 + sigma eps` at the step that diffusers begins with; at strength 0 the image itself."""
-    (model, pipeline), (own, sampling, theirs) = both, SCHEDULERS[name]
-    model._scheduler = model.read_scheduler(with_scheduler(copy_of(folder), own))
+    sampling, model = both.with_scheduler(name), both.model
     clean = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(3))
-    start = Start(latents=clean, strength=0.5)
-    latents, images = engine_latents(model, start=start, **sampling)
-    reference = diffusers.StableDiffusion3Img2ImgPipeline.from_pipe(pipeline)
+    made = engine_latents(model, start=Start(latents=clean, strength=0.5), **sampling)
+    reference = diffusers.StableDiffusion3Img2ImgPipeline.from_pipe(both.reference)
     reference.set_progress_bar_config(disable=True)
-    reference.scheduler = theirs or own
-    if name == "dpmsolver++":
+    reference.scheduler = both.reference.scheduler
+    if "dpm" in name:
         # Its image-to-image form asks for what this scheduler calls otherwise.
-        reference.scheduler.scale_noise = lambda image, timestep, noise: reference.scheduler.add_noise(
-            image, noise, timestep
-        )
-    assert_equal((latents, images), diffusers_latents(reference, image=clean, strength=0.5))
+        scheduler = reference.scheduler
+        scheduler.scale_noise = lambda image, timestep, noise: scheduler.add_noise(image, noise, timestep)
+    assert_equal(made, diffusers_latents(reference, image=clean, strength=0.5))
     assert torch.equal(engine_latents(model, start=Start(latents=clean, strength=0.0), **sampling)[0], clean)
 
 
 def test_images_are_encoded_as_diffusers_encodes_them(both):
     """The mode of the posterior, shifted and scaled, as image-to-image has its draw."""
-    model, reference = both
-    images = torch.rand(2, *model.image_shape, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, *both.model.image_shape, generator=torch.Generator().manual_seed(0))
+    vae = both.reference.vae
     with torch.no_grad():
-        mode = reference.vae.encode(images * 2 - 1).latent_dist.mode()
-        latents = model.encode_images(images)
-        decoded = reference.vae.decode(mode).sample / 2 + 0.5
+        mode = vae.encode(images * 2 - 1).latent_dist.mode()
+        latents = both.model.encode_images(images)
+        decoded = vae.decode(mode).sample / 2 + 0.5
         assert torch.allclose(latents, (mode - 0.0609) * 1.5305, atol=TOLERANCE)
-        assert torch.allclose(model.decode(latents), decoded, atol=TOLERANCE)
+        assert torch.allclose(both.model.decode(latents), decoded, atol=TOLERANCE)
 
 
 def darkness():
@@ -257,12 +210,14 @@ def test_every_method_runs(folder):
     assert alone[0].image == results["own"][1].image
 
 
-def test_a_plan_counts_it(folder, call, tmp_path):
-    """Cost, digests and the advice on decoders know nothing of UNets."""
+def test_a_plan_counts_it(folder, with_t5, call, tmp_path):
+    """Cost, digests and the advice on decoders know nothing of UNets; T5 or zeros in its place are as many tokens."""
     path = tmp_path / "job.json"
     path.write_text(json.dumps(raw_job(folder)))
     code, out, err = call("plan", path, "--validate")
     assert code == 0, out + err
+    counted = [count_folder(one) for one in (folder, with_t5)]
+    assert counted[0] == counted[1] and counted[0].unet_backward > counted[0].unet / 2 > 0
 
 
 @pytest.mark.slow
@@ -394,7 +349,7 @@ def test_sampling_that_is_not_of_a_flow_is_refused(sampling, words, folder):
 
 def test_heun_is_refused_for_guidance(folder, copy_of):
     """It steps from latents that it stores; `prompt` runs, as the schedulers above show."""
-    changed = with_scheduler(copy_of(folder), SCHEDULERS["heun"][0])
+    changed = with_scheduler(copy_of(folder), SCHEDULERS["`model`, FlowMatchHeunDiscrete"][0])
     assert "would ignore how guidance moves" in refused(changed, sampling={"scheduler": "model"}, method="boundary")
     check_addresses(job_of(changed, sampling={"scheduler": "euler"}, method="boundary"))
 

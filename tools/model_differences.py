@@ -13,6 +13,7 @@ from pathlib import Path
 
 from engine.job.spec import RuntimeSpec
 from engine.models.hardware import choose_hardware
+from tests.flow_cases import SCALES, SCHEDULERS, BothFlows, save_sd3
 from tests.model_differences import CASES, Both
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
@@ -31,6 +32,16 @@ def rows_of(name: str, folder: Path) -> list[str]:
     return rows
 
 
+def flow_rows(folder: Path, *, with_t5: bool) -> list[str]:
+    """Rows of Stable Diffusion 3."""
+    both = BothFlows(save_sd3(folder / "model", with_t5=with_t5), choose_hardware(RuntimeSpec(device="cpu")))
+    name, rows = "Stable Diffusion 3" if with_t5 else "Stable Diffusion 3, no T5", []
+    for title in SCHEDULERS:
+        shown = [f"{both.differences(title, scale)[1]:.1e} ({scale:g})" for scale in SCALES]
+        rows.append(f"| {name} | {title} | {', '.join(shown)} |")
+    return rows
+
+
 def main() -> None:
     """Print or write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -41,6 +52,9 @@ def main() -> None:
     for name in CASES:
         with tempfile.TemporaryDirectory() as folder:
             lines += rows_of(name, Path(folder))
+    for with_t5 in (True, False):
+        with tempfile.TemporaryDirectory() as folder:
+            lines += flow_rows(Path(folder), with_t5=with_t5)
     table = "".join(f"{line}\n" for line in lines)
     if not is_written:
         print(table, end="")
