@@ -19,6 +19,7 @@ from engine.errors import JobError
 from engine.generation.generator import Generator
 from engine.job.parsing import parse_job
 from engine.methods.sampling.loop import Start
+from engine.methods.sampling.spec import SamplingSpec
 from engine.models.arithmetic import count_folder
 from engine.models.diffusion import load_pipeline
 from engine.models.job_checks import check_addresses
@@ -129,6 +130,16 @@ def test_other_transformers_run(transformer, vae, tmp_path, hardware):
     check_addresses(job_of(folder, sampling={"scheduler": "euler"}))
     made = engine_latents(load_pipeline(str(folder), hardware), scheduler="euler", num_inference_steps=2)
     assert_equal(made, diffusers_latents(load_sd3(folder), num_inference_steps=2))
+
+
+def test_other_sizes_are_those_of_diffusers(both):
+    """Images that are not square, whose dynamic shift goes by their tokens; sides are of whole patches with a place."""
+    sampling = both.with_scheduler("`model`, dynamic shift") | {"height": 48, "width": 24}
+    check_addresses(job_of(both.folder, sampling=sampling))
+    model = both.model.in_size(SamplingSpec(**sampling))
+    assert_equal(engine_latents(model, **sampling), diffusers_latents(both.reference, height=48, width=24))
+    for side, words in ((36, "36 is not a multiple of 8"), (136, "136 is above 128")):
+        assert f"sampling.height: {words}" in refused(both.folder, sampling={"height": side})
 
 
 @pytest.mark.parametrize("name", ["`euler`", "`model`, FlowMatchHeunDiscrete", "`dpmsolver++`"])

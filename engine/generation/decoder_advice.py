@@ -13,7 +13,7 @@ from engine.job.spec import JobSpec, RequestSpec
 from engine.models.addresses import locate
 from engine.models.arithmetic import Arithmetic, behind_tiny, count_folder
 from engine.models.configurations import read_config
-from engine.models.pipelines.lookup import family_of
+from engine.models.pipelines.lookup import family_of, request_image_size
 from engine.models.pipelines.parts import has_configurations
 
 # A decoder that saves less of a sample's arithmetic is not worth what it costs in KLDB.
@@ -72,7 +72,7 @@ def _advice(job: JobSpec, request: RequestSpec) -> DecoderAdvice | None:
     folder = locate(pipeline).folder
     if not guided or folder is None or not has_configurations(folder):
         return None
-    if (found := _counted(pipeline, folder)) is None:
+    if (found := _counted(pipeline, folder, _latents(job, request, folder, pipeline))) is None:
         return None
     address, *counted = found
     halves = 2 if sampling.guidance_scale > 1 and not family_of(folder, pipeline).embeds_guidance(folder) else 1
@@ -90,15 +90,22 @@ def _advice(job: JobSpec, request: RequestSpec) -> DecoderAdvice | None:
 
 
 @functools.lru_cache(maxsize=8)
-def _counted(pipeline: str, folder: Path) -> tuple[str, Arithmetic, Arithmetic] | None:
+def _counted(pipeline: str, folder: Path, latents: tuple[int, int]) -> tuple[str, Arithmetic, Arithmetic] | None:
     """The address of a tiny decoder, and the arithmetic of a sample without and with one, each in about a second.
 
     Returns:
         None for a family of pipelines whose arithmetic is not counted.
     """
     address, config = _tiny_decoder(pipeline, folder)
-    full = count_folder(folder)
-    return None if full is None else (address, full, behind_tiny(full, folder, config))
+    full = count_folder(folder, latents)
+    return None if full is None else (address, full, behind_tiny(full, folder, config, latents))
+
+
+def _latents(job: JobSpec, request: RequestSpec, folder: Path, address: str) -> tuple[int, int]:
+    """Height and width of a request's latents."""
+    height, width = request_image_size(job, request, folder, address)
+    scale = family_of(folder, address).latent_space(folder).pixels_per_latent
+    return height // scale, width // scale
 
 
 def _tiny_decoder(pipeline: str, folder: Path) -> tuple[str, dict[str, Any]]:

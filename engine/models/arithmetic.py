@@ -81,8 +81,11 @@ class Arithmetic:
         return self.prompt(num_steps, num_halves) + num_guided * (self.guide_decode + scores) + backward
 
 
-def count_folder(diffusion: Path) -> Arithmetic | None:
+def count_folder(diffusion: Path, latents: tuple[int, int] | None = None) -> Arithmetic | None:
     """Count a pipeline in a folder; classifier and CLIP are left at zero.
+
+    Args:
+        latents: height and width of the latents; those of the model's own size where not given.
 
     Returns:
         None for a family whose network is not counted.
@@ -92,26 +95,30 @@ def count_folder(diffusion: Path) -> Arithmetic | None:
     if network is None:
         return None
     vae = on_meta(lambda: AutoencoderKL.from_config(read_config(diffusion / "vae" / "config.json")))
-    return count_pipeline(network, vae, _latents(*_latent_shape(diffusion)))
+    return count_pipeline(network, vae, _latents(*_latent_shape(diffusion, latents)))
 
 
-def behind_tiny(counted: Arithmetic, diffusion: Path, tiny: dict[str, Any]) -> Arithmetic:
+def behind_tiny(
+    counted: Arithmetic, diffusion: Path, tiny: dict[str, Any], latents: tuple[int, int] | None = None
+) -> Arithmetic:
     """The same where guidance looks through an `AutoencoderTiny`.
 
     Args:
         diffusion: folder of the pipeline, which has the size of the latents.
         tiny: configuration of the decoder.
+        latents: as in `count_folder`.
     """
-    channels, *size = _latent_shape(diffusion)
+    channels, *size = _latent_shape(diffusion, latents)
     forward, backward = count_decoder(on_meta(lambda: AutoencoderTiny.from_config(tiny)), channels, size)
     return dataclasses.replace(counted, guide_decode=forward, guide_decode_backward=backward)
 
 
-def _latent_shape(diffusion: Path) -> tuple[int, int, int]:
-    """Channels, height and width of the latents of a pipeline in a folder."""
+def _latent_shape(diffusion: Path, size: tuple[int, int] | None) -> tuple[int, int, int]:
+    """Channels, height and width of the latents of a pipeline in a folder, of its own size where none is given."""
     family = family_of(diffusion, str(diffusion))
     space, (height, width) = family.latent_space(diffusion), family.image_size(diffusion)
-    return space.channels, height // space.pixels_per_latent, width // space.pixels_per_latent
+    own = height // space.pixels_per_latent, width // space.pixels_per_latent
+    return space.channels, *(size or own)
 
 
 def count_decoder(decoder: Any, channels: int, size: int | Sequence[int]) -> tuple[int, int]:

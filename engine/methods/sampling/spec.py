@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Literal
+from typing import Annotated, Any, Literal
 
+import pydantic
 from pydantic import Field, StrictInt
 
 from engine.methods.fields import Context, Number, Spec
+
+# Of an image; the factor that its sides must be multiples of is the model's.
+_Side = Annotated[StrictInt, Field(ge=8, le=8192)]
 
 
 class SamplingSpec(Spec):
@@ -31,6 +35,21 @@ class SamplingSpec(Spec):
     )
     rescale_betas_zero_snr: bool = Field(default=False, description="Zero terminal SNR; v-prediction models only.")
     negative_prompt: Context = Field(default="", description="Prompt of the unconditional half.")
+    height: _Side | None = Field(
+        default=None,
+        description="Of the images in pixels, a multiple of the model's pixels per latent; the model's own when empty.",
+    )
+    width: _Side | None = Field(default=None, description="As `height`.")
+
+    def image_size(self, own: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the images in pixels, of a model whose own size is given."""
+        return self.height or own[0], self.width or own[1]
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_absent(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Sampling in the model's own size is stored as it was before there was a choice."""
+        sizes = ("height", "width")
+        return {key: value for key, value in dump(self).items() if key not in sizes or value is not None}
 
 
 def noise_problem(prediction_type: str, zero_snr: bool) -> str | None:

@@ -8,11 +8,12 @@ only. Its instances hold loaded parts and are what a worker samples with.
 from __future__ import annotations
 
 import contextlib
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from engine.errors import JobError
 from engine.models.attention import head_sizes, xformers_problem
@@ -107,6 +108,7 @@ class Pipeline(ABC):
         self._vae = frozen(vae, hardware.device).to(memory_format=self._layout)
         self.decoder: Decoder = Decoder(self._vae, hardware)
         self._footprint: Footprint | None = None
+        self._size: tuple[int, int] | None = None
         self._configure()
 
     # From configurations alone, without torch.
@@ -154,6 +156,24 @@ class Pipeline(ABC):
     @abstractmethod
     def image_size(cls, folder: Path) -> tuple[int, int]:
         """Height and width of the images of a folder that `check` lets through, in pixels."""
+
+    @classmethod
+    def size_factor(cls, folder: Path) -> int:
+        """Pixels that the sides of an image must be multiples of, of a folder that `check` lets through."""
+        return cls.latent_space(folder).pixels_per_latent
+
+    @classmethod
+    def size_problems(cls, folder: Path, spec: SamplingSpec) -> list[str]:
+        """Sides of an image that the model cannot have; lines that go on after `sampling`."""
+        if spec.height is spec.width is None:
+            return []
+        factor, own = cls.size_factor(folder), cls.image_size(folder)
+        return [
+            f".{side}: {value} is not a multiple of {factor}, the pixels of a side for each latent or patch; use"
+            f" {max(1, round(value / factor)) * factor}, or leave it out for the model's own {default}"
+            for side, value, default in zip(("height", "width"), (spec.height, spec.width), own, strict=True)
+            if value is not None and value % factor
+        ]
 
     @classmethod
     def num_noise_levels(cls, folder: Path) -> int:
@@ -212,13 +232,38 @@ class Pipeline(ABC):
 
     @property
     @abstractmethod
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of a sample's latents."""
+    def own_latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a sample's latents in the model's own size."""
 
     @property
     @abstractmethod
+    def own_image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a decoded image in the model's own size."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a sample's latents."""
+        channels, height, width = self.own_latent_shape
+        if self._size is None:
+            return channels, height, width
+        _, image_height, image_width = self.own_image_shape
+        return channels, height * self._size[0] // image_height, width * self._size[1] // image_width
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a decoded image."""
+        return self.own_image_shape if self._size is None else (self.own_image_shape[0], *self._size)
+
+    def in_size(self, spec: SamplingSpec) -> Self:
+        """The same parts for images of another size; this pipeline itself where a job leaves the size to it."""
+        own = self.own_image_shape[1:]
+        size = spec.image_size((own[0], own[1]))
+        if size == own:
+            return self
+        sized = copy.copy(self)
+        sized._size, sized._footprint = size, None
+        sized._recompute_large()
+        return sized
 
     @property
     def noise_shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -228,15 +273,18 @@ class Pipeline(ABC):
     @property
     def rows(self) -> int | None:
         """Rows of every model call on a CPU, whatever the batch; None on a GPU, where the batch decides."""
-        if not self.hardware.is_cpu:
-            return None
-        _, height, width = self.latent_shape
+        return self._rows(self.latent_shape) if self.hardware.is_cpu else None
+
+    @staticmethod
+    def _rows(latent_shape: tuple[int, int, int]) -> int:
+        _, height, width = latent_shape
         return max(1, min(CPU_ROWS, CPU_LATENT_PIXELS // (height * width)))
 
     @property
     def takes_fewer_rows(self) -> bool:
         """Whether calls of fewer than `rows` can be given the kernels of whole ones: see `make_steady`."""
-        return self.rows == CPU_ROWS and not self.hardware.compile
+        # Other kernels are given to the parts by their own size alone, whatever sizes a worker meets first.
+        return self.rows == self._rows(self.own_latent_shape) == CPU_ROWS and not self.hardware.compile
 
     def make_steady(self) -> None:
         """Let calls of fewer than `rows` take the kernels of whole ones, where they can be given them.
@@ -402,13 +450,17 @@ class Pipeline(ABC):
         """Attention kernels, recomputation of activations, compilation: as `runtime` asks for them."""
         if self.hardware.attention != "sdpa":
             self._use_xformers()
-        wanted, is_large = self.hardware.gradient_checkpointing, self.image_shape[1] > CHECKPOINTING_PIXELS
+        self._recompute_large()
+        self._fast_network = compiled(self._network) if self.hardware.compile else self._network
+        self._is_plain = False
+
+    def _recompute_large(self) -> None:
+        """Recompute activations where the job asks for it, or the images are large and nothing is measured."""
+        wanted, is_large = self.hardware.gradient_checkpointing, max(self.image_shape[1:]) > CHECKPOINTING_PIXELS
         # On a GPU `auto` goes by what is measured: see `_measured` and `Decoder.decoding`.
         if wanted == "on" or (wanted == "auto" and self.hardware.is_cpu and is_large):
             self._network.enable_gradient_checkpointing()
             self._vae.enable_gradient_checkpointing()
-        self._fast_network = compiled(self._network) if self.hardware.compile else self._network
-        self._is_plain = False
 
     def _use_xformers(self) -> None:
         """xformers' attention in the network, and in the VAE where xformers can differentiate its head size.

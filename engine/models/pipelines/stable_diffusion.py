@@ -271,14 +271,14 @@ class StableDiffusion(Pipeline):
         }
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of a sample's latents."""
+    def own_latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a sample's latents in the model's own size."""
         return int(self._network.config.in_channels), *self._latent_size(self._network.config)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of a decoded image."""
-        _, height, width = self.latent_shape
+    def own_image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a decoded image in the model's own size."""
+        _, height, width = self.own_latent_shape
         scale = pixels_per_latent(self._vae.config)
         return 3, height * scale, width * scale
 

@@ -7,7 +7,7 @@ timestep. The latents have 16 channels and a shift.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -136,7 +136,8 @@ class StableDiffusion3(Pipeline):
     @classmethod
     def sampling_problems(cls, folder: Path, spec: SamplingSpec, *, is_guided: bool) -> list[str]:
         """What is impossible about a job's sampling; see `Pipeline.sampling_problems`."""
-        num_tokens = _num_tokens(_transformer(folder))
+        factor, (height, width) = cls.size_factor(folder), spec.image_size(cls.image_size(folder))
+        num_tokens = (height // factor) * (width // factor)
         return flow_sampling_problems(cls.read_scheduler(folder), spec, num_tokens=num_tokens, is_guided=is_guided)
 
     @classmethod
@@ -161,6 +162,23 @@ class StableDiffusion3(Pipeline):
         """Height and width of its images, in pixels."""
         side = _transformer(folder)["sample_size"] * pixels_per_latent(read_config(folder / "vae" / "config.json"))
         return side, side
+
+    @classmethod
+    def size_factor(cls, folder: Path) -> int:
+        """Pixels of a side for each patch; see `Pipeline.size_factor`."""
+        patch: int = _transformer(folder)["patch_size"]
+        return patch * super().size_factor(folder)
+
+    @classmethod
+    def size_problems(cls, folder: Path, spec: SamplingSpec) -> list[str]:
+        """As of every family, and sides with more patches than there are positions; see `Pipeline.size_problems`."""
+        most = _transformer(folder)["pos_embed_max_size"] * cls.size_factor(folder)
+        return super().size_problems(folder, spec) + [
+            f".{side}: {value} is above {most}, the largest side that the transformer has positions for"
+            " (pos_embed_max_size)"
+            for side, value in (("height", spec.height), ("width", spec.width))
+            if value is not None and value > most
+        ]
 
     @classmethod
     def bare_network(cls, folder: Path) -> Callable[[Tensor], Tensor]:
@@ -203,15 +221,15 @@ class StableDiffusion3(Pipeline):
         )
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of a sample's latents."""
+    def own_latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a sample's latents in the model's own size."""
         config = self._network.config
         return int(config.in_channels), int(config.sample_size), int(config.sample_size)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of a decoded image."""
-        _, height, width = self.latent_shape
+    def own_image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a decoded image in the model's own size."""
+        _, height, width = self.own_latent_shape
         scale = pixels_per_latent(self._vae.config)
         return 3, height * scale, width * scale
 
@@ -219,7 +237,9 @@ class StableDiffusion3(Pipeline):
         """A fresh sampler, for one batch; see `Pipeline.sampler`."""
         from engine.methods.sampling.flow import make_flow_sampler
 
-        return make_flow_sampler(spec, self._scheduler, _num_tokens(self._network.config), self.hardware.device)
+        _, height, width = self.latent_shape
+        num_tokens = (height // self._network.config.patch_size) * (width // self._network.config.patch_size)
+        return make_flow_sampler(spec, self._scheduler, num_tokens, self.hardware.device)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse prompts that no encoder reads whole: with T5 the CLIP encoders read the first tokens, as in diffusers.
@@ -271,11 +291,6 @@ def _load_t5(folder: Path, dtype: Any) -> tuple[Any, Any]:
 
     encoder = load_part(T5EncoderModel, folder / _T5, dtype=dtype)
     return encoder, T5Tokenizer.from_pretrained(folder / _T5_TOKENIZER, local_files_only=True)
-
-
-def _num_tokens(transformer: Mapping[str, Any]) -> int:
-    """Tokens of an image."""
-    return int((transformer["sample_size"] // transformer["patch_size"]) ** 2)
 
 
 def _t5_problem(folder: Path) -> str:
