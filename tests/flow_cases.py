@@ -35,6 +35,18 @@ TRANSFORMER: dict[str, Any] = {
     "out_channels": 16,
     "pos_embed_max_size": 16,
 }
+PIXART: dict[str, Any] = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "cross_attention_dim": 16,
+    "caption_channels": 24,
+    "norm_num_groups": 4,
+}
 SHIFTED_VAE: dict[str, Any] = {
     "latent_channels": 16,
     "scaling_factor": 1.5305,
@@ -101,6 +113,30 @@ def save_sd3(
         text_encoder_3=t5,
         tokenizer_3=letters,
         scheduler=scheduler or euler(),
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_pixart(
+    folder: Path,
+    *,
+    transformer: dict[str, Any] | None = None,
+    vae: dict[str, Any] | None = None,
+    scheduler: Any = None,
+) -> Path:
+    """Save a PixArt-Sigma; `transformer` and `vae` are changes of their options."""
+    quiet()
+    torch.manual_seed(0)
+    network = diffusers.PixArtTransformer2DModel(**PIXART | (transformer or {}))
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    t5, letters = t5_parts(width=24)
+    diffusers.PixArtSigmaPipeline(
+        transformer=network,
+        vae=diffusers.AutoencoderKL(**VAE | {"scaling_factor": 0.13025} | (vae or {})),
+        text_encoder=t5,
+        tokenizer=letters,
+        scheduler=scheduler or diffusers.DPMSolverMultistepScheduler(),
     ).save_pretrained(folder)
     return folder
 
@@ -194,3 +230,32 @@ class BothFlows:
         expected = diffusers_latents(self.reference, guidance_scale=scale)
         assert expected[1].std() > 0.01
         return [float((ours - theirs).abs().max()) for ours, theirs in zip(made, expected, strict=True)]
+
+
+def darkness() -> Any:
+    """A criterion of a user's own: the darker the better."""
+    return lambda images, scene: images.flatten(1).mean(1)
+
+
+def raw_job(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A job with every method, a criterion of a user and a start."""
+    common = {"count": 1, "classes": ["three", "eight"], "seed_group": "all"}
+    start = {"images": "digits:test", "strength": 0.6}
+    own = "tests.flow_cases:darkness"
+    requests = [
+        {"name": "plain", "method": "prompt"} | common,
+        {"name": "risky", "method": "risky"} | common,
+        {"name": "own", "method": own} | common,
+        {"name": "started", "method": own, "start": start} | common,
+        {"name": "joint", "method": "boundary", "boundary": ["three", "eight"], "count": 2, "seed_group": "all"},
+    ]
+    raw = {
+        "name": "job",
+        "models": {"diffusion": str(folder), "clip": "zoo:digits/clip", "target": "zoo:digits/classifier"},
+        "sampling": {"scheduler": "euler", "num_inference_steps": 4, "guidance_scale": 3.0},
+        "guidance": {name: {"every": 1} for name in ("custom", "risky", "boundary")},
+        "runtime": {"device": "cpu"},
+        "requests": requests,
+        "output": {"uri": "runs/none"},
+    }
+    return raw | changes

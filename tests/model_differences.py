@@ -16,6 +16,7 @@ from engine.methods.sampling.families import CLASSES, CONSISTENCY, KNOWN, ModelS
 from engine.models.diffusion import load_pipeline
 from engine.models.hardware import Hardware
 from engine.models.pipelines.base import Pipeline
+from tests.flow_cases import save_pixart
 from tests.tiny_pipelines import (
     BETAS,
     by_diffusers,
@@ -85,6 +86,10 @@ CASES: dict[str, Case] = {
         save=lambda folder: save_xl_pipeline(folder, scheduler=diffusers.LCMScheduler()),
         schedulers=CONSISTENT,
         scales=(1.0, 2.0),
+    ),
+    "PixArt-Sigma": Case(
+        save=lambda folder: save_pixart(folder, transformer={"num_layers": 1}),
+        reference={"use_resolution_binning": False},
     ),
 }
 

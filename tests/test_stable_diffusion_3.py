@@ -35,6 +35,7 @@ from tests.flow_cases import (
     diffusers_latents,
     engine_latents,
     load_sd3,
+    raw_job,
     save_sd3,
     with_scheduler,
 )
@@ -169,34 +170,6 @@ def test_images_are_encoded_as_diffusers_encodes_them(both):
         decoded = vae.decode(mode).sample / 2 + 0.5
         assert torch.allclose(latents, (mode - 0.0609) * 1.5305, atol=TOLERANCE)
         assert torch.allclose(both.model.decode(latents), decoded, atol=TOLERANCE)
-
-
-def darkness():
-    """A criterion of a user's own: the darker the better."""
-    return lambda images, scene: images.flatten(1).mean(1)
-
-
-def raw_job(folder: Path, **changes):
-    common = {"count": 1, "classes": ["three", "eight"], "seed_group": "all"}
-    start = {"images": "digits:test", "strength": 0.6}
-    own = "tests.test_stable_diffusion_3:darkness"
-    requests = [
-        {"name": "plain", "method": "prompt"} | common,
-        {"name": "risky", "method": "risky"} | common,
-        {"name": "own", "method": own} | common,
-        {"name": "started", "method": own, "start": start} | common,
-        {"name": "joint", "method": "boundary", "boundary": ["three", "eight"], "count": 2, "seed_group": "all"},
-    ]
-    raw = {
-        "name": "job",
-        "models": {"diffusion": str(folder), "clip": "zoo:digits/clip", "target": "zoo:digits/classifier"},
-        "sampling": {"scheduler": "euler", "num_inference_steps": 4, "guidance_scale": 3.0},
-        "guidance": {name: {"every": 1} for name in ("custom", "risky", "boundary")},
-        "runtime": {"device": "cpu"},
-        "requests": requests,
-        "output": {"uri": "runs/none"},
-    }
-    return raw | changes
 
 
 def test_every_method_runs(folder):

@@ -11,6 +11,7 @@ FAMILIES: dict[str, str] = {
     "StableDiffusion3Pipeline": "engine.models.pipelines.stable_diffusion_3:StableDiffusion3",
     "LatentConsistencyModelPipeline": "engine.models.pipelines.latent_consistency:LatentConsistency",
     "StableDiffusionXLPipeline": "engine.models.pipelines.stable_diffusion_xl:StableDiffusionXL",
+    "PixArtSigmaPipeline": "engine.models.pipelines.pixart_sigma:PixArtSigma",
 }
 # Classes that are easily taken for one that runs, and what they are.
 NEAR: dict[str, str] = {

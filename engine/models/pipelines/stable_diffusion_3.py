@@ -27,11 +27,18 @@ from engine.models.pipelines.checks import (
     quantisation_problems,
     tokenizer_problems,
     vae_problems,
-    vocabulary_problems,
 )
 from engine.models.pipelines.parts import load_part
 from engine.models.pipelines.registry import what_runs
 from engine.models.pipelines.stable_diffusion import TEXT, pixels_per_latent, text_config
+from engine.models.pipelines.t5 import (
+    T5_EMBEDDINGS,
+    T5_ENCODERS,
+    T5_TOKENIZERS,
+    load_t5,
+    t5_problems,
+    tokenizer_file_problem,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,8 +53,6 @@ if TYPE_CHECKING:
 POOLED = "pooled_projections"
 # Tokens of T5 in diffusers' pipeline (`max_sequence_length`); those of zeros where there is no T5.
 T5_TOKENS = 256
-# Prompts whose embeddings by T5 are kept on the device: 2 MB each in half precision.
-T5_EMBEDDINGS = 128
 _CLIPS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
 _T5, _T5_TOKENIZER = "text_encoder_3", "tokenizer_3"
 _TRANSFORMER = "transformer"
@@ -73,7 +78,7 @@ class StableDiffusion3(Pipeline):
         **{encoder: ("CLIPTextModelWithProjection",) for encoder, _ in _CLIPS},
         **{tokenizer: ("CLIPTokenizer", "CLIPTokenizerFast") for _, tokenizer in _CLIPS},
     }
-    optional: ClassVar[Classes] = {_T5: ("T5EncoderModel",), _T5_TOKENIZER: ("T5TokenizerFast", "T5Tokenizer")}
+    optional: ClassVar[Classes] = {_T5: T5_ENCODERS, _T5_TOKENIZER: T5_TOKENIZERS}
 
     def __init__(
         self, *, clips: Sequence[tuple[Any, Any]], t5: tuple[Any, Any] | None, scheduler: ModelScheduler, **parts: Any
@@ -214,7 +219,7 @@ class StableDiffusion3(Pipeline):
                 )
                 for encoder, tokenizer in _CLIPS
             ],
-            t5=_load_t5(folder, dtype) if _T5 in part_classes(folder) else None,
+            t5=load_t5(folder, _T5, _T5_TOKENIZER, dtype) if _T5 in part_classes(folder) else None,
             scheduler=cls.read_scheduler(folder),
             hardware=hardware,
             folder=folder,
@@ -285,23 +290,13 @@ def _transformer(folder: Path) -> dict[str, Any]:
     return _DEFAULTS | read_config(folder / _TRANSFORMER / "config.json")
 
 
-def _load_t5(folder: Path, dtype: Any) -> tuple[Any, Any]:
-    from transformers.models.t5.modeling_t5 import T5EncoderModel
-    from transformers.models.t5.tokenization_t5 import T5Tokenizer
-
-    encoder = load_part(T5EncoderModel, folder / _T5, dtype=dtype)
-    return encoder, T5Tokenizer.from_pretrained(folder / _T5_TOKENIZER, local_files_only=True)
-
-
 def _t5_problem(folder: Path) -> str:
     """A T5 whose tokenizer is missing, or would have to be converted; as a predicate of the pipeline."""
     if _T5 not in part_classes(folder):
         return ""
     if _T5_TOKENIZER not in part_classes(folder):
         return f"has a {_T5} without its {_T5_TOKENIZER}; to do without T5, write [null, null] for both"
-    if not (folder / _T5_TOKENIZER / "tokenizer.json").is_file():
-        return f"has no {_T5_TOKENIZER}/tokenizer.json; save the tokenizer with transformers' T5TokenizerFast"
-    return ""
+    return tokenizer_file_problem(folder, _T5_TOKENIZER)
 
 
 def _channel_problems(transformer: dict[str, Any], vae: dict[str, Any]) -> Iterator[str]:
@@ -356,16 +351,4 @@ def _text_problems(folder: Path, transformer: dict[str, Any]) -> Iterator[str]:
             f" encoders have {pooled} entries; its parts are not of one model"
         )
     if _T5 in part_classes(folder):
-        yield from _t5_problems(folder, asked)
-
-
-def _t5_problems(folder: Path, asked: Any) -> Iterator[str]:
-    t5 = read_config(folder / _T5 / "config.json")
-    if (kind := t5.get("model_type", "t5")) != "t5":
-        yield f"{_T5}/config.json is of type {shown(kind)}, not of T5; {what_runs()}"
-    elif (width := t5.get("d_model", 512)) != asked:
-        yield (
-            f"transformer/config.json has joint_attention_dim: {shown(asked)}, the embeddings of T5 have {shown(width)}"
-            " entries; its parts are not of one model"
-        )
-    yield from vocabulary_problems(folder / _T5_TOKENIZER, t5.get("vocab_size", 32128))
+        yield from t5_problems(folder, _T5, _T5_TOKENIZER, "joint_attention_dim", asked)
