@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -93,6 +94,20 @@ def classifier():
     from engine.models.classifier import Classifier
 
     return Classifier.load("zoo:digits/classifier")
+
+
+@pytest.fixture
+def copy_of(tmp_path):
+    """A folder of which everything may be changed: configurations are copied, weights are links."""
+
+    def link(source: str, target: str) -> str:
+        if source.endswith(".safetensors"):
+            Path(target).symlink_to(source)
+        else:
+            shutil.copy(source, target)
+        return target
+
+    return lambda folder, name="copy": Path(shutil.copytree(folder, tmp_path / name, copy_function=link))
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from engine.generation.decoder_advice import (
     MIN_SAVING,
     PRICE_FILE,
     TAESD,
+    TAESDXL,
     _tiny_decoder,
     advice_lines,
     decoder_advice,
@@ -124,11 +125,11 @@ def test_the_zoo_has_its_own(sd1: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "is_named"),
-    [({}, True), ({"scaling_factor": 0.13025}, False), ({"layers_per_block": 1}, False)],
+    ("changes", "name"),
+    [({}, TAESD), ({"scaling_factor": 0.13025}, TAESDXL), ({"scaling_factor": 0.5}, ""), ({"layers_per_block": 1}, "")],
 )
 def test_taesd_is_named_for_the_autoencoder_that_it_was_made_for(
-    sd1: Path, tmp_path: Path, changes: dict[str, Any], is_named: bool
+    sd1: Path, tmp_path: Path, changes: dict[str, Any], name: str
 ) -> None:
     """By the configuration, also of a hub id, of which older ones lack the scale; equal latents are not enough."""
     folder = tmp_path / "snapshot"
@@ -137,7 +138,7 @@ def test_taesd_is_named_for_the_autoencoder_that_it_was_made_for(
     config.pop("scaling_factor")
     (folder / "vae/config.json").write_text(json.dumps(config | changes))
     address, decoder = _tiny_decoder("owner/stable-diffusion", folder)
-    assert address == (TAESD if is_named else "")
+    assert address == name
     default = AutoencoderTiny().config
     assert decoder == {
         name: list(default[name]) if isinstance(value, list) else value for name, value in decoder.items()

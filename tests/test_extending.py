@@ -26,7 +26,7 @@ PAGE = (REPOSITORY / "docs/extending.md").read_text(encoding="utf-8")
 EXTENSIONS = REPOSITORY / "tests/extensions"
 # Section of the page -> what its blocks quote.
 QUOTED = {
-    "A pipeline family": (REPOSITORY / "tests/families/stable_diffusion_xl.py").read_text(encoding="utf-8"),
+    "A pipeline family": (REPOSITORY / "engine/models/pipelines/stable_diffusion_xl.py").read_text(encoding="utf-8"),
     "An executor": (EXTENSIONS / "process.py").read_text(encoding="utf-8"),
     "A study": (EXTENSIONS / "confusions.py").read_text(encoding="utf-8"),
     "An export format": (EXTENSIONS / "table.py").read_text(encoding="utf-8"),

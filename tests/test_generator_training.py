@@ -34,7 +34,6 @@ from engine.models.digests import model_digest
 from engine.models.hardware import choose_hardware
 from engine.models.library_logging import quiet_libraries
 from engine.models.pipelines.base import EMBEDDINGS, LATENTS
-from engine.models.pipelines.registry import FAMILIES
 from engine.models.pipelines.stable_diffusion import StableDiffusion
 from engine.studies.loop.finetuning import checkpoints, publishing, training
 from engine.studies.loop.finetuning.batches import TrainingImages, batches, num_curated
@@ -45,7 +44,7 @@ from engine.studies.loop.finetuning.program import fine_tune_pipeline
 from engine.studies.loop.finetuning.recipe import FineTuneRecipe
 from engine.studies.loop.pipelines import prompted_real
 from tests.strike import kill_at
-from tests.tiny_pipelines import BETAS, edit, save_pipeline, save_xl_pipeline
+from tests.tiny_pipelines import BETAS, edit, save_lcm_pipeline, save_pipeline, save_xl_pipeline
 
 DIGITS = "zoo:digits/stable-diffusion"
 LABELS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -371,10 +370,8 @@ def test_stable_unclip_learns_from_image_embeddings(tmp_path, lora_rank):
     assert load_pipeline(str(output), cpu()).draw_noise([1])[EMBEDDINGS].shape == (1, 8)
 
 
-def test_a_family_that_somebody_adds_is_trained_too(tmp_path, monkeypatch):
+def test_another_family_is_trained_too(tmp_path):
     """Stable Diffusion XL, with its pooled embeddings and sizes: nothing here knows of it."""
-    address = "tests.families.stable_diffusion_xl:StableDiffusionXL"
-    monkeypatch.setitem(FAMILIES, "StableDiffusionXLPipeline", address)
     parent = save_xl_pipeline(tmp_path / "parent")
     fine_tune(parent, tmp_path / "model")
     reads_pooled = "add_embedding.linear_1.weight"
@@ -385,6 +382,23 @@ def test_a_family_without_trained_part_is_refused_by_name(tiny, tmp_path, monkey
     monkeypatch.setattr(StableDiffusion, "trained_part", "")
     with pytest.raises(JobError, match="is a StableDiffusionPipeline, which can be sampled but not fine-tuned"):
         fine_tune(tiny, tmp_path / "model")
+
+
+@pytest.mark.parametrize("kind", ["latent consistency", "guidance embedding", "LCM-LoRA"])
+def test_models_of_few_steps_are_refused_by_name(kind, tmp_path):
+    """Training on noise undoes what they were distilled to: one is a class of its own, others look like their base."""
+    if kind == "latent consistency":
+        parent, words = (
+            save_lcm_pipeline(tmp_path / "parent"),
+            "is a LatentConsistencyModelPipeline, which can be sampled",
+        )
+    else:
+        options = {"unet": {"time_cond_proj_dim": 8}} if kind == "guidance embedding" else {}
+        scheduler = diffusers.LCMScheduler() if kind == "LCM-LoRA" else None
+        parent = save_pipeline(tmp_path / "parent", scheduler=scheduler, **options)
+        words = "is distilled to sample in few steps, which training on noise would undo"
+    with pytest.raises(JobError, match=words):
+        fine_tune(parent, tmp_path / "model")
 
 
 def test_sharded_weights_keep_their_files(tiny, tmp_path):

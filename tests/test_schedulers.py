@@ -19,7 +19,7 @@ from engine.job.parsing import parse_job
 from engine.job.plan import build_plan
 from engine.methods.guidance.guided import MIN_SIGNAL
 from engine.methods.sampling.denoiser import predicted_x0
-from engine.methods.sampling.families import CLASSES, FAMILY, KINDS, ModelScheduler
+from engine.methods.sampling.families import CLASSES, FAMILY, KINDS, KNOWN, ModelScheduler
 from engine.methods.sampling.sampling_checks import sampling_problems
 from engine.methods.sampling.schedulers import make_sampler
 from engine.methods.sampling.spec import SamplingSpec
@@ -148,9 +148,11 @@ def asked_of(scheduler: str, **options) -> SamplingSpec:
 def test_every_combination_that_a_job_may_ask_for(scheduler, prediction, plain):
     """Scheduler, spacing, Karras sigmas and prediction type, as the authors of KLDB sample and as others do."""
     for spacing, karras in itertools.product(SPACINGS, (None, True)):
-        if scheduler == "ddim" and karras:
-            continue
         spec = asked_of(scheduler, timestep_spacing=spacing, use_karras_sigmas=karras)
+        kind = KNOWN[CLASSES[scheduler]]
+        if (karras and not kind.has_sigmas) or (spacing and not kind.has_spacing):
+            assert plain.problems("DDIMScheduler", {"prediction_type": prediction}, spec)
+            continue
         assert plain.problems("DDIMScheduler", {"prediction_type": prediction}, spec) == []
         plain.compare("DDIMScheduler", {"prediction_type": prediction}, spec)
 
@@ -173,12 +175,12 @@ def test_wishes_of_a_job_replace_what_the_models_own_scheduler_says(own, plain):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("own", FAMILY)
 def test_the_schedulers_of_one_training_are_exchangeable(own, plain):
-    """Whatever scheduler a folder was saved with; its own where that draws no noise, refused by name where it does."""
+    """Whatever scheduler a folder was saved with; its own where that is known, refused by name where it is not."""
     for scheduler in (*CLASSES, "model"):
         # PNDM begins with steps that need four.
         spec = SamplingSpec(scheduler=scheduler, num_inference_steps=4 if own == "PNDMScheduler" else 2)
         problems = plain.problems(own, {}, spec)
-        if scheduler == "model" and own not in KINDS:
+        if scheduler == "model" and own not in KNOWN:
             assert f"'model' is a {own}, which draws noise" in problems[0] and "use one of lms, ddim" in problems[0]
         else:
             assert problems == []
@@ -237,7 +239,8 @@ def test_timesteps_that_would_stand_twice_are_refused(flag, plain):
 def test_numbers_of_steps_are_refused_where_their_timesteps_leave_the_training():
     """Against the schedulers themselves, for a training of 50 timesteps: no step outside, and no refusal in vain."""
     for name, scheduler in CLASSES.items():
-        for spacing, steps in itertools.product(SPACINGS[1:], range(1, 53)):
+        spacings = SPACINGS[1:] if KNOWN[scheduler].has_spacing else SPACINGS[:1]
+        for spacing, steps in itertools.product(spacings, range(1, 53)):
             model = ModelScheduler(config=BETAS | {"num_train_timesteps": 50}, name=scheduler)
             spec = SamplingSpec(scheduler=name, num_inference_steps=steps, timestep_spacing=spacing)
             problems = sampling_problems(model, spec, is_guided=False)
@@ -252,16 +255,16 @@ def test_numbers_of_steps_are_refused_where_their_timesteps_leave_the_training()
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("scheduler", [*CLASSES, "DEISMultistepScheduler"])
+@pytest.mark.parametrize("scheduler", [*CLASSES, "DEISMultistepScheduler", "EulerAncestralDiscreteScheduler"])
 def test_guidance_sees_the_noise_levels_of_every_combination(scheduler):
     """A perfect denoiser's output stands for the clean latents at every step: x0 of guidance is the scheduler's."""
     clean = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    chosen, own = ("model", scheduler) if scheduler in KINDS else (scheduler, "DDIMScheduler")
-    for spacing, karras, zero in itertools.product(SPACINGS[1:], (None, True), (False, True)):
+    chosen, own = ("model", scheduler) if scheduler in KNOWN else (scheduler, "DDIMScheduler")
+    for spacing, karras, zero in itertools.product(SPACINGS, (None, True), (False, True)):
         spec = asked_of(chosen, timestep_spacing=spacing, use_karras_sigmas=karras)
         model = ModelScheduler(config=BETAS | (V_ZERO if zero else {"prediction_type": "v_prediction"}), name=own)
         if sampling_problems(model, spec, is_guided=True):
-            assert (scheduler == "ddim" and karras) or (zero and karras)
+            assert (karras and (zero or not KNOWN[CLASSES.get(scheduler, scheduler)].has_sigmas)) or scheduler == "lcm"
             continue
         sampler = make_sampler(spec, model)
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
@@ -273,8 +276,8 @@ def test_guidance_sees_the_noise_levels_of_every_combination(scheduler):
             assert (found - clean).abs().max() < 1e-3
             assert float(sampler._scheduler.alphas_cumprod[0]) > 0.9
             converted = sampler._scheduler.step(output, step.timestep, latents)
-            if hasattr(converted, "pred_original_sample"):
-                assert (converted.pred_original_sample - clean).abs().max() < 1e-3
+            for name in ("pred_original_sample", "denoised"):
+                assert (getattr(converted, name, clean) - clean).abs().max() < 1e-3
 
 
 def test_guidance_leaves_latents_without_signal_alone_whoever_steps():
@@ -315,24 +318,25 @@ def test_what_cannot_be_is_refused_at_validation(config, sampling, words, folder
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("own", KINDS)
+@pytest.mark.parametrize("own", KNOWN)
 def test_guidance_is_refused_where_the_scheduler_forgets_its_shifts(own, folder):
     """A moved latent must be what the next step starts from: proved on the schedulers, by moving one."""
     edit(folder / "scheduler" / "scheduler_config.json", _class_name=own)
     edit(folder / "model_index.json", scheduler=["diffusers", own])
     job = job_of(folder, method="boundary", sampling={"scheduler": "model", "num_inference_steps": 10})
-    if KINDS[own].is_guidable:
+    if KNOWN[own].is_guidable:
         check_addresses(job)
     else:
         with pytest.raises(JobError, match=f"'model' is a {own}, which would ignore how guidance moves"):
             check_addresses(job)
-    assert (min(kept_share(own, place) for place in range(3)) > 0.99) == KINDS[own].is_guidable
+    assert (min(kept_share(own, place) for place in range(3)) > 0.99) == KNOWN[own].is_guidable
 
 
 def kept_share(own: str, place: int) -> float:
     """How much of a shift of the latents at a step is in the next ones, at the same predicted noise."""
 
     def run(shift: float) -> torch.Tensor:
+        torch.manual_seed(0)
         spec = SamplingSpec(scheduler="model", num_inference_steps=10)
         sampler = make_sampler(spec, ModelScheduler(config=BETAS | {"skip_prk_steps": True}, name=own))
         latents = torch.ones(1, 1, 2, 2) * sampler.init_noise_sigma

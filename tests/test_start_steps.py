@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.methods.sampling.denoiser import Prediction, Step, output_of_eps
-from engine.methods.sampling.families import KINDS, ModelScheduler
+from engine.methods.sampling.families import KINDS, KNOWN, ModelScheduler
 from engine.methods.sampling.loop import Start, sample
 from engine.methods.sampling.schedulers import Sampler, make_sampler
 from engine.methods.sampling.spec import SamplingSpec, steps_of
@@ -95,17 +95,18 @@ def pipelines(tmp_path_factory, hardware):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [name for name in KINDS if name not in WRONG_IN_DIFFUSERS])
+@pytest.mark.parametrize("name", [name for name in KNOWN if name not in WRONG_IN_DIFFUSERS])
 def test_latents_are_those_of_the_pipeline_of_diffusers(name, pipelines):
     """Of `StableDiffusionImg2ImgPipeline` with the same latents of the image and the same noise."""
     model, reference = pipelines
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    unknown = {"use_karras_sigmas": not KINDS[name].has_sigmas, "rescale_betas_zero_snr": not KINDS[name].has_zero_snr}
+    unknown = {"use_karras_sigmas": not KNOWN[name].has_sigmas, "rescale_betas_zero_snr": not KNOWN[name].has_zero_snr}
     for options, strength in zip(CONFIGURATIONS, (0.5, 0.2, 0.7), strict=True):
         config = {key: value for key, value in options.items() if not unknown.get(key)}
         model._scheduler = model_of(name, **config)
         spec = SamplingSpec(scheduler="model", num_inference_steps=STEPS, guidance_scale=3.0)
-        sampler, [noise] = model.sampler(spec), model.draw_noise(SEEDS).values()
+        stream = model.noise_stream(SEEDS)
+        [noise], sampler = model.first_noise(stream).values(), model.sampler(spec, stream)
         made = sample(model.denoiser(PROMPTS, spec, sampler), sampler, noise, Start(latents=latents, strength=strength))
         options = model_of(name).options(spec)
         scheduler = getattr(diffusers, name).from_config(model._scheduler.config, **options)

@@ -79,11 +79,16 @@ def save_pipeline(
     return folder
 
 
-def save_xl_pipeline(folder: Path) -> Path:
-    """Save a Stable Diffusion XL, the third family of `tests/families`."""
+def save_xl_pipeline(
+    folder: Path, *, unet: dict[str, Any] | None = None, scheduler: Any = None, zeroes_empty: bool = True
+) -> Path:
+    """Save a Stable Diffusion XL, whose encoders and tokenizers differ; `unet` are changes of its options."""
     quiet()
     torch.manual_seed(0)
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(resolve("zoo:digits/stable-diffusion") / "tokenizer")
+    zoo = resolve("zoo:digits/stable-diffusion") / "tokenizer"
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(zoo)
+    # As in the original the second pads with another token.
+    tokenizer_2 = transformers.CLIPTokenizer.from_pretrained(zoo, pad_token="<|startoftext|>")
     text: dict[str, Any] = ENCODER | {
         "vocab_size": len(tokenizer),
         "max_position_embeddings": 32,
@@ -91,17 +96,27 @@ def save_xl_pipeline(folder: Path) -> Path:
     }
     text |= {"bos_token_id": 651, "eos_token_id": 652}
     added: dict[str, Any] = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
-    added |= {"projection_class_embeddings_input_dim": 6 * 8 + 24, "cross_attention_dim": 32}
+    added |= {"projection_class_embeddings_input_dim": 6 * 8 + 24, "cross_attention_dim": 16 + 24}
+    second = transformers.CLIPTextConfig(**text | {"hidden_size": 24, "hidden_act": "gelu"}, projection_dim=24)
     pipeline = diffusers.StableDiffusionXLPipeline(
-        unet=diffusers.UNet2DConditionModel(**UNET | added),
-        vae=diffusers.AutoencoderKL(**VAE),
+        unet=diffusers.UNet2DConditionModel(**UNET | added | (unet or {})),
+        vae=diffusers.AutoencoderKL(**VAE | {"scaling_factor": 0.13025}),
         text_encoder=transformers.CLIPTextModel(transformers.CLIPTextConfig(**text)),
-        text_encoder_2=transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**text, projection_dim=24)),
+        text_encoder_2=transformers.CLIPTextModelWithProjection(second),
         tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        scheduler=diffusers.EulerDiscreteScheduler(**BETAS),
+        tokenizer_2=tokenizer_2,
+        scheduler=scheduler or diffusers.EulerDiscreteScheduler(**BETAS),
+        force_zeros_for_empty_prompt=zeroes_empty,
+        add_watermarker=False,
     )
     pipeline.save_pretrained(folder)
+    return folder
+
+
+def save_lcm_pipeline(folder: Path, *, unet: dict[str, Any] | None = None) -> Path:
+    """Save a latent consistency model of Stable Diffusion."""
+    save_pipeline(folder, unet={"time_cond_proj_dim": 8} | (unet or {}), scheduler=diffusers.LCMScheduler())
+    edit(folder / "model_index.json", _class_name="LatentConsistencyModelPipeline")
     return folder
 
 
@@ -126,7 +141,9 @@ def load_reference(folder: Path, **options: Any) -> Any:
     return pipeline
 
 
-def by_diffusers(pipeline: Any, steps: int, *, prompts: list[str] = PROMPTS, **options: Any) -> torch.Tensor:
+def by_diffusers(
+    pipeline: Any, steps: int, *, prompts: list[str] = PROMPTS, guidance_scale: float = 3.0, **options: Any
+) -> torch.Tensor:
     """Images [B, 3, H, W] of the pipeline in diffusers."""
     if "image_noising_scheduler" in pipeline.components:
         options |= {"image_embeds": embeds(8), "noise_level": 100}
@@ -136,15 +153,18 @@ def by_diffusers(pipeline: Any, steps: int, *, prompts: list[str] = PROMPTS, **o
         generator=generators,
         output_type="pt",
         num_inference_steps=steps,
-        guidance_scale=3.0,
+        guidance_scale=guidance_scale,
         **options,
     ).images
 
 
-def by_engine(model: Pipeline, steps: int, *, prompts: list[str] = PROMPTS, **options: Any) -> torch.Tensor:
+def by_engine(
+    model: Pipeline, steps: int, *, prompts: list[str] = PROMPTS, guidance_scale: float = 3.0, **options: Any
+) -> torch.Tensor:
     """The same of the engine; `options` are of `sampling`."""
-    spec = SamplingSpec(num_inference_steps=steps, guidance_scale=3.0, **options)
-    sampler, noise = model.sampler(spec), model.draw_noise(SEEDS[: len(prompts)])
+    spec = SamplingSpec(num_inference_steps=steps, guidance_scale=guidance_scale, **options)
+    stream = model.noise_stream(SEEDS[: len(prompts)])
+    noise, sampler = model.first_noise(stream), model.sampler(spec, stream)
     images = None
     if EMBEDDINGS in noise:
         images = ImageConditioning(embeds=embeds(noise[EMBEDDINGS].shape[1]), noise=noise, noise_level=100)

@@ -9,7 +9,7 @@ from engine.data.run.companions import companions_of
 from engine.job.plan import Plan, RequestPlan
 from engine.job.spec import JobSpec, RequestSpec
 from engine.models.addresses import locate
-from engine.models.pipelines.lookup import family_of
+from engine.models.pipelines.lookup import request_image_size
 from engine.models.pipelines.parts import has_configurations
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def _num_pixels(job: JobSpec, request: RequestSpec) -> int | None:
     folder = locate(address).folder
     if folder is None or not has_configurations(folder):
         return None
-    height, width = family_of(folder, address).image_size(folder)
+    height, width = request_image_size(job, request, folder, address)
     return height * width
 
 

@@ -191,18 +191,18 @@ class BatchSizes:
     """The batch sizes of a job's requests.
 
     Each request finds its own, as they differ in what a sample takes. Compiled kernels are made for one shape: with
-    them the requests of a model share their size.
+    them the requests of a model and an image size share theirs.
 
     Args:
-        address: of the diffusion model of a request.
+        kernels: diffusion model and image size of a request, by any name.
     """
 
-    def __init__(self, job: JobSpec, plan: Plan, hardware: Hardware, address: Callable[[int], str]) -> None:
+    def __init__(self, job: JobSpec, plan: Plan, hardware: Hardware, kernels: Callable[[int], str]) -> None:
         self._hardware = hardware
         wanted = job.runtime.batch_size
         shared: dict[int | str, BatchSize] = {}
         largest: dict[int | str, int] = {}
-        self._keys = [address(number) if hardware.compile else number for number in range(len(plan.requests))]
+        self._keys = [kernels(number) if hardware.compile else number for number in range(len(plan.requests))]
         for key in self._keys:
             shared[key] = BatchSize() if wanted == "auto" else BatchSize.fixed(wanted)
         for extent in plan.extents:

@@ -13,7 +13,7 @@ from engine.job.spec import JobSpec, RequestSpec
 from engine.models.addresses import locate
 from engine.models.arithmetic import Arithmetic, behind_tiny, count_folder
 from engine.models.configurations import read_config
-from engine.models.pipelines.lookup import family_of
+from engine.models.pipelines.lookup import family_of, request_image_size
 from engine.models.pipelines.parts import has_configurations
 
 # A decoder that saves less of a sample's arithmetic is not worth what it costs in KLDB.
@@ -22,8 +22,9 @@ MIN_SAVING = 0.2
 PRICE_FILE = Path(__file__).parent / "decoder_price.json"
 # Of a zoo whose pipelines have one autoencoder, which it was trained on.
 ZOO_DECODER = "tiny-autoencoder"
-TAESD = "madebyollin/taesd"
-# What distinguishes the autoencoder of Stable Diffusion 1.x and 2.x, for which TAESD was made, by its configuration.
+TAESD, TAESDXL = "madebyollin/taesd", "madebyollin/taesdxl"
+# What distinguishes the autoencoder of Stable Diffusion 1.x and 2.x, for which TAESD was made, by its configuration;
+# that of Stable Diffusion XL has the same architecture and another scale.
 SD_AUTOENCODER = {
     "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "scaling_factor": 0.18215,
 }  # fmt: skip
@@ -71,8 +72,10 @@ def _advice(job: JobSpec, request: RequestSpec) -> DecoderAdvice | None:
     folder = locate(pipeline).folder
     if not guided or folder is None or not has_configurations(folder):
         return None
-    address, *counted = _counted(pipeline, folder)
-    halves = 2 if sampling.guidance_scale > 1 else 1
+    if (found := _counted(pipeline, folder, _latents(job, request, folder, pipeline))) is None:
+        return None
+    address, *counted = found
+    halves = 2 if sampling.guidance_scale > 1 and not family_of(folder, pipeline).embeds_guidance(folder) else 1
     num_through_unet = sum(parameters.is_through_unet(index, steps) for index in guided)
     totals = [
         one.guided(len(taken), len(guided), num_through_unet=num_through_unet, num_halves=halves)
@@ -87,11 +90,22 @@ def _advice(job: JobSpec, request: RequestSpec) -> DecoderAdvice | None:
 
 
 @functools.lru_cache(maxsize=8)
-def _counted(pipeline: str, folder: Path) -> tuple[str, Arithmetic, Arithmetic]:
-    """The address of a tiny decoder, and the arithmetic of a sample without and with one, each in about a second."""
+def _counted(pipeline: str, folder: Path, latents: tuple[int, int]) -> tuple[str, Arithmetic, Arithmetic] | None:
+    """The address of a tiny decoder, and the arithmetic of a sample without and with one, each in about a second.
+
+    Returns:
+        None for a family of pipelines whose arithmetic is not counted.
+    """
     address, config = _tiny_decoder(pipeline, folder)
-    full = count_folder(folder)
-    return address, full, behind_tiny(full, folder, config)
+    full = count_folder(folder, latents)
+    return None if full is None else (address, full, behind_tiny(full, folder, config, latents))
+
+
+def _latents(job: JobSpec, request: RequestSpec, folder: Path, address: str) -> tuple[int, int]:
+    """Height and width of a request's latents."""
+    height, width = request_image_size(job, request, folder, address)
+    scale = family_of(folder, address).latent_space(folder).pixels_per_latent
+    return height // scale, width // scale
 
 
 def _tiny_decoder(pipeline: str, folder: Path) -> tuple[str, dict[str, Any]]:
@@ -114,7 +128,8 @@ def _tiny_decoder(pipeline: str, folder: Path) -> tuple[str, dict[str, Any]]:
         "num_decoder_blocks": [*[3] * (num_stages - 1), 1],
     }
     vae = read_config(folder / "vae" / "config.json") | {"scaling_factor": latents.scaling_factor}
-    return TAESD if SD_AUTOENCODER.items() <= vae.items() else "", config
+    made_for = {TAESD: SD_AUTOENCODER, TAESDXL: SD_AUTOENCODER | {"scaling_factor": 0.13025}}
+    return next((address for address, known in made_for.items() if known.items() <= vae.items()), ""), config
 
 
 def read_price() -> dict[str, Any]:

@@ -83,7 +83,7 @@ class Generator:
 
     def _begin_batches(self) -> None:
         """As before the first batch: sizes are to be found, and nothing is proven."""
-        self._sizes = BatchSizes(self._job, self._plan, self._hardware, self._address)
+        self._sizes = BatchSizes(self._job, self._plan, self._hardware, self._kernels)
         requests = self._plan.requests
         self._isolation = Isolation([one.spec.name for one in requests], [one.where for one in requests])
         self._loop = BatchLoop(
@@ -268,7 +268,8 @@ class Generator:
         sampling = self._job.sampling_of(spec)
         # Of few steps the first guided one may be the last, whose gradient does not go through the UNet.
         steps = sampling.num_inference_steps if spec.method_record.is_guided else 0
-        key = (self._address(request), spec.method, parameters.model_dump_json(), sampling.guidance_scale > 1, steps)
+        kernels = (self._address(request), model.latent_shape, sampling.guidance_scale > 1)
+        key = (*kernels, spec.method, parameters.model_dump_json(), steps)
         if not self._shapes.agree(key, partial(self._computed, request, specs, draws), len(specs)):
             return len(specs), None
         # Sixteen rows are too few for gradients of some of them to save time.
@@ -307,8 +308,8 @@ class Generator:
     ) -> tuple[ClassifierFreeDenoiser, Sampler, Tensor]:
         """What samples without guidance, and the noise [B, C, h, w] to start from."""
         model, sampling = self._model(request), self._job.sampling_of(self._job.requests[request])
-        sampler = model.sampler(sampling)
-        drawn = model.draw_noise([spec.seed for spec in specs])
+        stream = model.noise_stream([spec.seed for spec in specs])
+        drawn, sampler = model.first_noise(stream), model.sampler(sampling, stream)
         images = self._image_conditioning(request, draws, drawn)
         denoiser = model.denoiser([spec.prompt for spec in specs], sampling, sampler, images)
         return denoiser, sampler, drawn[LATENTS]
@@ -373,8 +374,13 @@ class Generator:
     def _address(self, request: int) -> str:
         return self._job.requests[request].diffusion or self._job.models.diffusion
 
+    def _kernels(self, request: int) -> str:
+        """What the shapes of a request's model calls depend on, but for the rows: its pipeline and its images' size."""
+        sampling = self._job.sampling_of(self._job.requests[request])
+        return f"{self._address(request)} {sampling.height} x {sampling.width}"
+
     def _model(self, request: int) -> Pipeline:
-        return self._pipelines.get(self._address(request))
+        return self._pipelines.get(self._address(request), self._job.sampling_of(self._job.requests[request]))
 
     def _conditioner(self, request: RequestPlan, later: Callable[[Reader], None]) -> Conditioner:
         spec = request.spec.conditioning
@@ -401,9 +407,11 @@ class Generator:
             model.sampler(self._job.sampling_of(spec))
         except ValueError as error:
             raise JobError(f"{where}: {error}") from None
-        problems = model.conditioning_problems(model.folder, self._address(request), spec.conditioning)
+        problems = [f".sampling{problem}" for problem in model.size_problems(model.folder, self._job.sampling_of(spec))]
+        conditioning = model.conditioning_problems(model.folder, self._address(request), spec.conditioning)
+        problems += [f".conditioning{problem}" for problem in conditioning]
         if problems:
-            raise JobError([f"{where}.conditioning{problem}" for problem in problems])
+            raise JobError([f"{where}{problem}" for problem in problems])
 
 
 def _finite_rows(images: Tensor) -> list[bool]:

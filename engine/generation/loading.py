@@ -10,6 +10,7 @@ from engine.errors import JobError
 from engine.generation.oracle_scoring import Oracles
 from engine.generation.scorer import Scorer
 from engine.job.spec import JobSpec
+from engine.methods.sampling.spec import SamplingSpec
 from engine.methods.validity import ValidityModel
 from engine.models.classifier import Classifier
 from engine.models.clip import Clip
@@ -18,6 +19,8 @@ from engine.models.gpu_sharing import allowed_bytes, reachable_bytes
 from engine.models.hardware import Hardware
 from engine.models.pipelines.base import Pipeline
 from engine.models.relabelled import load_classifier_for, load_oracle_for
+
+OWN_SIZE = SamplingSpec()
 
 
 class PipelinePool:
@@ -30,9 +33,10 @@ class PipelinePool:
         self._hardware = hardware
         self._checks_safety = checks_safety
         self._pipelines: dict[str, Pipeline] = {}
+        self._sized: dict[tuple[str, int | None, int | None], Pipeline] = {}
 
-    def get(self, address: str) -> Pipeline:
-        """The pipeline of an address.
+    def get(self, address: str, sampling: SamplingSpec = OWN_SIZE) -> Pipeline:
+        """The pipeline of an address, in the size of a request's images.
 
         Raises:
             JobError: it cannot be loaded.
@@ -40,12 +44,16 @@ class PipelinePool:
         if address not in self._pipelines:
             if self._hardware.is_cuda:
                 self._pipelines.clear()
+                self._sized.clear()
                 # Decoders, and parts of the libraries, are in cycles: the next pipeline would be loaded next to them.
                 gc.collect()
                 torch.cuda.empty_cache()
             self._pipelines[address] = load_pipeline(address, self._hardware, checks_safety=self._checks_safety)
             self._pipelines[address].make_steady()
-        return self._pipelines[address]
+        key = (address, sampling.height, sampling.width)
+        if key not in self._sized:
+            self._sized[key] = self._pipelines[address].in_size(sampling)
+        return self._sized[key]
 
 
 def load_target(job: JobSpec, temperature: float | None, device: str = "cpu") -> Classifier:

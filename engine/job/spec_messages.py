@@ -64,7 +64,8 @@ def explain(root: type[BaseModel], item: Any, location: Location) -> str:
         return problem
     if kind == "literal_error" and (key != "classes" or isinstance(item["input"], str)):
         if key == "scheduler" and item["input"] in STOCHASTIC_SCHEDULERS:
-            return f"{value} draws noise at every step; use a deterministic one: {item['ctx']['expected']}"
+            deterministic = item["ctx"]["expected"].replace(", 'lcm'", "")
+            return f"{value} draws noise at every step; use a deterministic one: {deterministic}"
         choices = re.findall(r"'([^']*)'", item["ctx"]["expected"])
         return f"{value} is not one of {', '.join(choices)}" + nearest(str(item["input"]), choices)
     if item["loc"][-1:] == ("[key]",):

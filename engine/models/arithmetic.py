@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.models.configurations import read_config
+from engine.models.pipelines.lookup import family_of
 
 META = "meta"
 
@@ -29,7 +29,7 @@ class Arithmetic:
     """Operations of a single sample.
 
     Attributes:
-        unet: a forward pass.
+        unet: a forward pass of the network that denoises, a UNet in most families.
         unet_backward: from the output to the latents, after such a pass.
         decode: a forward pass of the decoder that makes the stored image.
         guide_decode: a forward pass of the decoder that guidance looks through.
@@ -81,50 +81,65 @@ class Arithmetic:
         return self.prompt(num_steps, num_halves) + num_guided * (self.guide_decode + scores) + backward
 
 
-def count_folder(diffusion: Path) -> Arithmetic:
-    """Count a pipeline in a folder; classifier and CLIP are left at zero."""
-    unet = on_meta(lambda: UNet2DConditionModel.from_config(read_config(diffusion / "unet" / "config.json")))
+def count_folder(diffusion: Path, latents: tuple[int, int] | None = None) -> Arithmetic | None:
+    """Count a pipeline in a folder; classifier and CLIP are left at zero.
+
+    Args:
+        latents: height and width of the latents; those of the model's own size where not given.
+
+    Returns:
+        None for a family whose network is not counted.
+    """
+    with torch.device(META):
+        network = family_of(diffusion, str(diffusion)).bare_network(diffusion)
+    if network is None:
+        return None
     vae = on_meta(lambda: AutoencoderKL.from_config(read_config(diffusion / "vae" / "config.json")))
-    text = read_config(diffusion / "text_encoder" / "config.json")
-    return count_pipeline(unet, vae, tokens=text["max_position_embeddings"], width=text["hidden_size"])
+    return count_pipeline(network, vae, _latents(*_latent_shape(diffusion, latents)))
 
 
-def behind_tiny(counted: Arithmetic, diffusion: Path, tiny: dict[str, Any]) -> Arithmetic:
+def behind_tiny(
+    counted: Arithmetic, diffusion: Path, tiny: dict[str, Any], latents: tuple[int, int] | None = None
+) -> Arithmetic:
     """The same where guidance looks through an `AutoencoderTiny`.
 
     Args:
         diffusion: folder of the pipeline, which has the size of the latents.
         tiny: configuration of the decoder.
+        latents: as in `count_folder`.
     """
-    decoder, unet = on_meta(lambda: AutoencoderTiny.from_config(tiny)), read_config(diffusion / "unet" / "config.json")
-    forward, backward = count_decoder(decoder, unet["in_channels"], unet["sample_size"])
+    channels, *size = _latent_shape(diffusion, latents)
+    forward, backward = count_decoder(on_meta(lambda: AutoencoderTiny.from_config(tiny)), channels, size)
     return dataclasses.replace(counted, guide_decode=forward, guide_decode_backward=backward)
+
+
+def _latent_shape(diffusion: Path, size: tuple[int, int] | None) -> tuple[int, int, int]:
+    """Channels, height and width of the latents of a pipeline in a folder, of its own size where none is given."""
+    family = family_of(diffusion, str(diffusion))
+    space, (height, width) = family.latent_space(diffusion), family.image_size(diffusion)
+    own = height // space.pixels_per_latent, width // space.pixels_per_latent
+    return space.channels, *(size or own)
 
 
 def count_decoder(decoder: Any, channels: int, size: int | Sequence[int]) -> tuple[int, int]:
     """Operations of decoding latents [1, C, H, W], and of the backward pass to them; one number is of both sides."""
-    return passes(lambda z: decoder.decode(z).sample, _latents(channels, size))
-
-
-def _latents(channels: int, size: int | Sequence[int]) -> Tensor:
     height, width = (size, size) if isinstance(size, int) else size
+    return passes(lambda z: decoder.decode(z).sample, _latents(channels, height, width))
+
+
+def _latents(channels: int, height: int, width: int) -> Tensor:
     return torch.empty(1, channels, height, width, device=META)
 
 
-def count_pipeline(unet: Any, vae: Any, *, tokens: int, width: int) -> Arithmetic:
-    """Count UNet and decoder on the meta device; classifier and CLIP are left at zero.
+def count_pipeline(network: Callable[[Tensor], Tensor], vae: Any, latents: Tensor) -> Arithmetic:
+    """Count network and decoder on the meta device; classifier and CLIP are left at zero.
 
     Args:
-        tokens: length of a prompt.
-        width: of a token's embedding.
+        network: a forward pass, of latents alone.
+        latents: [1, C, h, w].
     """
-    text, time = torch.empty(1, tokens, width, device=META), torch.zeros(1, device=META)
-    size = unet.config.projection_class_embeddings_input_dim
-    labels = torch.empty(1, size, device=META) if size else None
-    channels, latents_size = unet.config.in_channels, unet.config.sample_size
-    latents = _latents(channels, latents_size)
-    forward, backward = passes(lambda z: unet(z, time, text, class_labels=labels).sample, latents)
-    decode, decode_backward = count_decoder(vae, channels, latents_size)
+    forward, backward = passes(network, latents)
+    decode, decode_backward = count_decoder(vae, latents.shape[1], latents.shape[2:])
     return Arithmetic(
         unet=forward,
         unet_backward=backward,

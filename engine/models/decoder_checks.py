@@ -57,11 +57,12 @@ def decoder_problem(address: str, decoder: Path, pipeline: Path, of: str) -> str
             f"'{address}' makes images {pixels_per_latent} times the size of latents of {channels} channels; those of"
             f" '{of}' have {latents.channels} channels, and {latents.pixels_per_latent} times"
         )
-    factor, shift = tiny.get("scaling_factor", 1.0), tiny.get("shift_factor", 0.0)
-    if factor not in (1, latents.scaling_factor) or shift:
+    scale = tiny.get("scaling_factor", 1.0), tiny.get("shift_factor", 0.0) or 0
+    if scale not in ((1, 0), (latents.scaling_factor, latents.shift_factor)):
         return (
-            f"'{address}' has scaling_factor {shown(factor)} and shift_factor {shown(shift)}, so it decodes latents of"
-            f" another scale than those of '{of}'; 1 and 0 are those of a decoder for Stable Diffusion"
+            f"'{address}' has scaling_factor {shown(scale[0])} and shift_factor {shown(scale[1])}, so it decodes"
+            f" latents of another scale than those of '{of}'; 1 and 0 are those of a decoder for latents as they are"
+            " denoised"
         )
     return None
 

@@ -103,7 +103,10 @@ class Decoder:
         return self._images(_unscaled(self._autoencoder), latents)
 
     def _images(self, unscaled: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
-        return unscaled(latents / self._autoencoder.config.scaling_factor) / 2 + 0.5
+        config = self._autoencoder.config
+        latents = latents / config.scaling_factor
+        # Most autoencoders have none: null, or 0.
+        return unscaled(latents + config.shift_factor if config.get("shift_factor") else latents) / 2 + 0.5
 
     def _forward_rows(self, latent_shape: tuple[int, ...]) -> int:
         """Rows of a slice in float32 that keeps no graph."""

@@ -88,7 +88,9 @@ def network_footprint(
     model = on_meta(network, network.dtype)
     leaf = torch.empty_like(latents[:1], device=META, memory_format=torch.contiguous_format)
     time, more = (_shapes(rows_of(value, len(latents), slice(1))) for value in (timestep, inputs))
-    return measured(model, lambda leaf: model(leaf, time, return_dict=False, **more)[0], leaf, is_fused=is_fused)
+    return measured(
+        model, lambda leaf: model(leaf, timestep=time, return_dict=False, **more)[0], leaf, is_fused=is_fused
+    )
 
 
 def measured(model: Any, forward: Callable[[Tensor], Tensor], inputs: Tensor, *, is_fused: bool = True) -> Footprint:

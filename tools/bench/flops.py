@@ -19,8 +19,10 @@ def count_arithmetic(diffusion: Path, target: Path, clip: Path) -> Arithmetic:
     """Count the models in some folders."""
     classifier = on_meta(lambda: AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(target)))
     vision = on_meta(lambda: CLIPModel(AutoConfig.from_pretrained(clip))).vision_model
+    counted = count_folder(diffusion)
+    assert counted is not None
     return dataclasses.replace(
-        count_folder(diffusion),
+        counted,
         target=sum(passes(lambda x: classifier(pixel_values=x).logits, _input(target))),
         clip=sum(passes(lambda x: vision(pixel_values=x).pooler_output, _input(clip))),
     )

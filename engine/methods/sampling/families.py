@@ -1,8 +1,9 @@
 """Which of diffusers' schedulers are known to be right here; from configurations, without torch.
 
 Two questions are separate. What a model was trained for: the schedulers of `FAMILY` are solvers of one training
-objective, and exchangeable by diffusers' `from_config`; others (flow matching, EDM, consistency) are of another
-(`training_checks.py`). How it is sampled: the schedulers of `KINDS` draw no noise, and `schedulers.py` knows the noise
+objective, and exchangeable by diffusers' `from_config`; a model of `CONSISTENCY` jumps to the clean latents, and is
+sampled so alone; others (flow matching, EDM) are of another training (`training_checks.py`). How it is sampled: the
+schedulers of `KINDS` draw no noise, those of `NOISY_KINDS` draw some at every step, and `schedulers.py` knows the noise
 levels of their steps; `sampling_checks.py` has the options and numbers of steps that are supported.
 """
 
@@ -18,7 +19,7 @@ Levels = Literal["timesteps", "sigmas", "exploding"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """A deterministic scheduler of diffusers.
+    """A scheduler of diffusers.
 
     Attributes:
         module: of `diffusers.schedulers`.
@@ -28,6 +29,7 @@ class Kind:
             start from latents that they store.
         has_sigmas: whether it supports Karras (and exponential, beta) sigmas.
         has_zero_snr: whether it supports `rescale_betas_zero_snr`.
+        has_spacing: whether it follows `timestep_spacing`.
     """
 
     module: str
@@ -35,6 +37,7 @@ class Kind:
     is_guidable: bool = True
     has_sigmas: bool = True
     has_zero_snr: bool = False
+    has_spacing: bool = True
 
 
 KINDS = {
@@ -50,12 +53,22 @@ KINDS = {
     "HeunDiscreteScheduler": Kind(module="scheduling_heun_discrete", levels="exploding", is_guidable=False),
     "KDPM2DiscreteScheduler": Kind(module="scheduling_k_dpm_2_discrete", levels="exploding", is_guidable=False),
 }
+NOISY_KINDS = {
+    "LCMScheduler": Kind(
+        module="scheduling_lcm", levels="timesteps", has_sigmas=False, has_zero_snr=True, has_spacing=False
+    ),
+    "EulerAncestralDiscreteScheduler": Kind(
+        module="scheduling_euler_ancestral_discrete", levels="exploding", has_sigmas=False, has_zero_snr=True
+    ),
+}
+KNOWN = KINDS | NOISY_KINDS
 # `sampling.scheduler` in a job; `model` is the model's own.
 CLASSES = {
     "lms": "LMSDiscreteScheduler",
     "ddim": "DDIMScheduler",
     "euler": "EulerDiscreteScheduler",
     "dpmsolver++": "DPMSolverMultistepScheduler",
+    "lcm": "LCMScheduler",
 }
 FAMILY = (
     *KINDS,
@@ -66,6 +79,8 @@ FAMILY = (
     "KDPM2AncestralDiscreteScheduler",
     "DPMSolverSinglestepScheduler",
 )
+# Schedulers of models that are distilled to jump to the clean latents.
+CONSISTENCY = ("LCMScheduler",)
 MULTISTEP = ("DPMSolverMultistepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler")
 
 
@@ -92,17 +107,17 @@ class ModelScheduler:
         """Options that override the configuration's."""
         name = self.chosen(spec)
         options: dict[str, Any] = {"steps_offset": 1} if self.is_corrected else {}
-        if self.is_corrected and name in ("DDIMScheduler", "HeunDiscreteScheduler"):
+        if self.is_corrected and name in ("DDIMScheduler", "HeunDiscreteScheduler", "LCMScheduler"):
             options["clip_sample"] = False
         if spec.scheduler == "dpmsolver++":
             options["algorithm_type"] = "dpmsolver++"
             # These two store a solver type of their own in their configuration, which DPM-Solver++ would take over.
             if self.name in ("DEISMultistepScheduler", "UniPCMultistepScheduler"):
                 options["solver_type"] = "midpoint"
-        if spec.timestep_spacing:
+        if spec.timestep_spacing and KNOWN[name].has_spacing:
             options["timestep_spacing"] = spec.timestep_spacing
         if spec.rescale_betas_zero_snr:
             options["rescale_betas_zero_snr"] = True
-        if spec.use_karras_sigmas is not None and KINDS[name].has_sigmas:
+        if spec.use_karras_sigmas is not None and KNOWN[name].has_sigmas:
             options["use_karras_sigmas"] = spec.use_karras_sigmas
         return options

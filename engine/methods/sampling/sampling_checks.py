@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from engine.methods.config_values import shown
-from engine.methods.sampling.families import CLASSES, KINDS, MULTISTEP, ModelScheduler
+from engine.methods.config_values import is_integer, is_number, shown
+from engine.methods.sampling.families import CLASSES, CONSISTENCY, KNOWN, MULTISTEP, ModelScheduler
 from engine.methods.sampling.spec import SamplingSpec, noise_problem
 
 _SIGMA_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 _SOLVER_TYPES = ("midpoint", "heun", "logrho", "bh1", "bh2")
 # Options with several supported values, and the schedulers that read them; other schedulers ignore them.
 _CHOICES: dict[str, tuple[tuple[str, ...], tuple[Any, ...]]] = {
-    "timestep_spacing": (tuple(KINDS), ("leading", "linspace", "trailing")),
+    "timestep_spacing": (
+        tuple(name for name, kind in KNOWN.items() if kind.has_spacing),
+        ("leading", "linspace", "trailing"),
+    ),
     "interpolation_type": (("EulerDiscreteScheduler",), ("linear", "log_linear")),
     "final_sigmas_type": (
         ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"),
@@ -48,11 +51,15 @@ def sampling_problems(scheduler: ModelScheduler, spec: SamplingSpec, *, is_guide
     if spec.scheduler == "model" and (problem := _own_problem(scheduler, is_guided)):
         return [f".scheduler: {problem}"]
     name = scheduler.chosen(spec)
+    if scheduler.name in CONSISTENCY and name not in CONSISTENCY:
+        text = f"the model's own scheduler is {scheduler.name}, so it is trained to jump to the image, not to follow"
+        return [f".scheduler: {text} '{spec.scheduler}'; use lcm or model, with 1 to 8 steps"]
     config = scheduler.config | scheduler.options(spec)
     if problems := [f".scheduler: {problem}" for problem in _option_problems(name, config)]:
         return problems
     return (
         _noise_problems(name, config, spec)
+        or _spacing_problems(name, spec)
         or _sigma_problems(name, config, spec)
         or _step_problems(name, config, spec.num_inference_steps)
         or (_limit_problems(name, config, spec) if is_guided else [])
@@ -63,10 +70,10 @@ def _own_problem(scheduler: ModelScheduler, is_guided: bool) -> str:
     """Why a model's own scheduler does not run; empty if it does."""
     name, rest = scheduler.name, f"use one of {', '.join(CLASSES)}"
     algorithm = str(scheduler.config.get("algorithm_type", ""))
-    if name not in KINDS or (name in MULTISTEP and algorithm.startswith("sde")):
-        kind = f"{name} with {algorithm}" if name in KINDS else name
+    if name not in KNOWN or (name in MULTISTEP and algorithm.startswith("sde")):
+        kind = f"{name} with {algorithm}" if name in KNOWN else name
         return f"'model' is a {kind}, which draws noise at every step or is not supported as such; {rest}"
-    if is_guided and not KINDS[name].is_guidable:
+    if is_guided and not KNOWN[name].is_guidable:
         return f"'model' is a {name}, which would ignore how guidance moves the latents; {rest}"
     return ""
 
@@ -92,15 +99,21 @@ def _option_problems(name: str, config: dict[str, Any]) -> list[str]:
 
 
 def _noise_problems(name: str, config: dict[str, Any], spec: SamplingSpec) -> list[str]:
-    if spec.rescale_betas_zero_snr and not KINDS[name].has_zero_snr:
+    if spec.rescale_betas_zero_snr and not KNOWN[name].has_zero_snr:
         return [f".rescale_betas_zero_snr: zero terminal SNR is not defined for {name}; use ddim, euler or dpmsolver++"]
-    zero_snr = KINDS[name].has_zero_snr and bool(config.get("rescale_betas_zero_snr"))
+    zero_snr = KNOWN[name].has_zero_snr and bool(config.get("rescale_betas_zero_snr"))
     problem = noise_problem(config.get("prediction_type", "epsilon"), zero_snr)
     return [f": {problem}"] if problem else []
 
 
+def _spacing_problems(name: str, spec: SamplingSpec) -> list[str]:
+    if spec.timestep_spacing is None or KNOWN[name].has_spacing:
+        return []
+    return [f".timestep_spacing: {name} takes the timesteps that its models were distilled on; leave it out"]
+
+
 def _sigma_problems(name: str, config: dict[str, Any], spec: SamplingSpec) -> list[str]:
-    if not KINDS[name].has_sigmas:
+    if not KNOWN[name].has_sigmas:
         if spec.use_karras_sigmas:
             return [f".use_karras_sigmas: {name} has no sigmas; use lms, euler or dpmsolver++"]
         return []
@@ -175,6 +188,8 @@ def _training_betas(config: dict[str, Any]) -> list[float]:
 def _step_problems(name: str, config: dict[str, Any], num_steps: int) -> list[str]:
     """Numbers of steps whose timesteps leave the range of the training."""
     total = config.get("num_train_timesteps", 1000)
+    if name in CONSISTENCY:
+        return _consistency_problems(config, total, num_steps)
     default = "leading" if name in ("DDIMScheduler", "PNDMScheduler") else "linspace"
     spacing = config.get("timestep_spacing", default)
     least = 4 if name == "PNDMScheduler" and not config.get("skip_prk_steps", False) else 1
@@ -196,12 +211,26 @@ def _step_problems(name: str, config: dict[str, Any], num_steps: int) -> list[st
     return []
 
 
+def _consistency_problems(config: dict[str, Any], total: int, num_steps: int) -> list[str]:
+    """Numbers of steps that LCM cannot take from the timesteps of its distillation."""
+    most = config.get("original_inference_steps", 50)
+    if not is_integer(most) or not 1 <= most <= total:
+        text = f"scheduler_config.json has original_inference_steps: {shown(most)}, not a number of the {total}"
+        return [f".scheduler: {text} timesteps of the training"]
+    if not is_number(scaling := config.get("timestep_scaling", 10.0)) or scaling <= 0:
+        return [f".scheduler: scheduler_config.json has timestep_scaling: {shown(scaling)}, not a positive number"]
+    if num_steps > most:
+        text = f"{num_steps} is above the {most} timesteps that the model was distilled on (original_inference_steps)"
+        return [f".num_inference_steps: {text}; 1 to 8 are usual"]
+    return []
+
+
 def _limit_problems(name: str, config: dict[str, Any], spec: SamplingSpec) -> list[str]:
     """The option by which the chosen scheduler clips x0, while guidance sees it unclipped."""
     limit = ""
-    if name == "DDIMScheduler" and config.get("clip_sample", True):
+    if name in ("DDIMScheduler", *CONSISTENCY) and config.get("clip_sample", name == "DDIMScheduler"):
         limit = "clip_sample"
-    elif name in ("DDIMScheduler", *MULTISTEP) and config.get("thresholding"):
+    elif name in ("DDIMScheduler", *CONSISTENCY, *MULTISTEP) and config.get("thresholding"):
         limit = "thresholding"
     if not limit:
         return []

@@ -1,4 +1,4 @@
-"""Samplers: the interface of what steps the latents, and adapters of diffusers' deterministic schedulers.
+"""Samplers: the interface of what steps the latents, and adapters of diffusers' schedulers.
 
 An adapter gives the noise levels of every step as the two factors of `z = scale * x0 + sigma * eps`; everything else
 (predictions, guidance, the loop) follows from these. Another kind of scheduler, as for flow matching, is one adapter.
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from engine.methods.sampling.denoiser import Prediction, PredictionType, Step
-from engine.methods.sampling.families import KINDS, Levels, ModelScheduler
+from engine.methods.sampling.families import KNOWN, Levels, ModelScheduler
+from engine.methods.sampling.noise import NoiseStream
 from engine.methods.sampling.spec import SamplingSpec, noise_problem, steps_of
 
 # Most derivatives that k-LMS combines, as in diffusers.
@@ -67,13 +68,15 @@ class SchedulerAdapter(Sampler):
     Args:
         scheduler: with its timesteps set, on the host.
         device: of the network.
+        noise: of the batch, for a scheduler that draws noise at its steps.
     """
 
     # Whether the network expects latents of variance one, and the scheduler steps others.
     normalise_input: ClassVar[bool] = False
 
-    def __init__(self, scheduler: Any, device: torch.device | str = "cpu") -> None:
+    def __init__(self, scheduler: Any, device: torch.device | str = "cpu", noise: NoiseStream | None = None) -> None:
         self._scheduler = scheduler
+        self._noise = noise
         self._timesteps: Tensor = scheduler.timesteps.to(device)
 
     @property
@@ -197,11 +200,31 @@ class LinearMultistep(VarianceExploding):
         return {"order": min(_LMS_ORDER, len(self._scheduler.derivatives) + 1)}
 
 
+class DrawsNoise(SchedulerAdapter):
+    """A scheduler whose step draws noise, for every sample from its own generator, as in diffusers' pipelines."""
+
+    def _step_options(self) -> dict[str, Any]:
+        """The generators of the samples, without which it would draw from one that they share."""
+        assert self._noise is not None, "a scheduler that draws noise needs the noise of its batch"
+        return {"generator": self._noise.generators}
+
+
+class LatentConsistency(DrawsNoise, ByTimestep):
+    """LCM, which jumps to the clean latents at every step and adds noise to them (Luo et al. 2023).
+
+    What it jumps to is `c_out x0 + c_skip z`, whose `c_skip` is below 1e-5 from timestep 16 on: guidance sees x0.
+    """
+
+
+class AncestralEuler(DrawsNoise, VarianceExploding):
+    """Euler ancestral, which steps below the next noise level and adds noise up to it."""
+
+
 class VariancePreserving(SchedulerAdapter):
     """Multistep schedulers with a list of sigmas, whose latents keep their variance (DPM-Solver++, DEIS, UniPC)."""
 
-    def __init__(self, scheduler: Any, device: torch.device | str = "cpu") -> None:
-        super().__init__(scheduler, device)
+    def __init__(self, scheduler: Any, device: torch.device | str = "cpu", noise: NoiseStream | None = None) -> None:
+        super().__init__(scheduler, device, noise)
         timesteps = scheduler.timesteps
         # Of two equal timesteps at the start diffusers takes the second for the first, and runs past the last.
         if len(timesteps) > 1 and timesteps[0] == timesteps[1]:
@@ -222,22 +245,27 @@ _ADAPTERS: dict[Levels, type[SchedulerAdapter]] = {
 _OWN_ADAPTERS: dict[str, type[SchedulerAdapter]] = {
     "LMSDiscreteScheduler": LinearMultistep,
     "PNDMScheduler": PseudoNumerical,
+    "LCMScheduler": LatentConsistency,
+    "EulerAncestralDiscreteScheduler": AncestralEuler,
 }
 
 
-def make_sampler(spec: SamplingSpec, model: ModelScheduler, device: torch.device | str = "cpu") -> SchedulerAdapter:
+def make_sampler(
+    spec: SamplingSpec, model: ModelScheduler, device: torch.device | str = "cpu", noise: NoiseStream | None = None
+) -> SchedulerAdapter:
     """A sampler with a scheduler of diffusers, for one batch.
 
     Args:
         spec: scheduler, number of steps, timestep spacing, sigmas.
         model: the model's own scheduler.
         device: of the network.
+        noise: of the batch, for a scheduler that draws noise at its steps.
 
     Raises:
         ValueError: zero terminal SNR with eps-prediction, which is 0 / 0 at the first step (Lin et al. 2024), a
             prediction type other than eps and v, or steps that diffusers would skip.
     """
-    kind = KINDS[model.chosen(spec)]
+    kind = KNOWN[model.chosen(spec)]
     module = importlib.import_module(f"diffusers.schedulers.{kind.module}")
     scheduler = getattr(module, model.chosen(spec)).from_config(model.config, **model.options(spec))
     zero_snr = scheduler.config.get("rescale_betas_zero_snr", False) and kind.has_zero_snr
@@ -245,4 +273,4 @@ def make_sampler(spec: SamplingSpec, model: ModelScheduler, device: torch.device
         raise ValueError(problem)
     scheduler.set_timesteps(spec.num_inference_steps, device="cpu")
     adapter = _OWN_ADAPTERS.get(model.chosen(spec), _ADAPTERS[kind.levels])
-    return adapter(scheduler, device)
+    return adapter(scheduler, device, noise)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Literal
+from typing import Annotated, Any, Literal
 
+import pydantic
 from pydantic import Field, StrictInt
 
 from engine.methods.fields import Context, Number, Spec
 
+# Of an image; the factor that its sides must be multiples of is the model's.
+_Side = Annotated[StrictInt, Field(ge=8, le=8192)]
+
 
 class SamplingSpec(Spec):
-    """How the diffusion model samples. All schedulers are deterministic given the first noise."""
+    """How the diffusion model samples. Whatever a scheduler draws is of the sample's own seed."""
 
-    scheduler: Literal["lms", "ddim", "euler", "dpmsolver++", "model"] = Field(
+    scheduler: Literal["lms", "ddim", "euler", "dpmsolver++", "lcm", "model"] = Field(
         default="lms",
-        description="Sampler: k-LMS, DDIM with eta 0, Euler, DPM-Solver++ (2M), or the model's own, where that draws no"
-        " noise.",
+        description="Sampler: k-LMS, DDIM with eta 0, Euler, DPM-Solver++ (2M), LCM for models that are distilled to a"
+        " few steps, or the model's own.",
     )
     num_inference_steps: StrictInt = Field(default=40, ge=1, le=1000, description="Number of denoising steps T.")
     guidance_scale: Number = Field(default=7.5, ge=1, le=100, description="Classifier-free guidance scale; 1 is off.")
@@ -31,6 +35,21 @@ class SamplingSpec(Spec):
     )
     rescale_betas_zero_snr: bool = Field(default=False, description="Zero terminal SNR; v-prediction models only.")
     negative_prompt: Context = Field(default="", description="Prompt of the unconditional half.")
+    height: _Side | None = Field(
+        default=None,
+        description="Of the images in pixels, a multiple of the model's pixels per latent; the model's own when empty.",
+    )
+    width: _Side | None = Field(default=None, description="As `height`.")
+
+    def image_size(self, own: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the images in pixels, of a model whose own size is given."""
+        return self.height or own[0], self.width or own[1]
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_absent(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Sampling in the model's own size is stored as it was before there was a choice."""
+        sizes = ("height", "width")
+        return {key: value for key, value in dump(self).items() if key not in sizes or value is not None}
 
 
 def noise_problem(prediction_type: str, zero_snr: bool) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine.methods.config_values import is_integer, is_number, shown
-from engine.methods.sampling.families import FAMILY, ModelScheduler
+from engine.methods.sampling.families import CONSISTENCY, FAMILY, ModelScheduler
 
 # No model is trained with more; the noise level of each is computed.
 MAX_TIMESTEPS = 100_000
@@ -25,8 +25,8 @@ _TRAINING: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 def training_problems(scheduler: ModelScheduler) -> list[str]:
     """Why a model's training is not supported, or its configuration cannot be read; a line each."""
     config, name = scheduler.config, scheduler.name
-    if name not in FAMILY:
-        others = ", ".join(name.removesuffix("Scheduler") for name in FAMILY)
+    if name not in (*FAMILY, *CONSISTENCY):
+        others = ", ".join(name.removesuffix("Scheduler") for name in (*FAMILY, *CONSISTENCY))
         return [f"its scheduler is a {name}, whose models are trained otherwise; what runs: models of {others}"]
     if (written := config.get("_class_name", name)) != name:
         return [f"model_index.json names a {name}, scheduler_config.json a {shown(written)}; make both the same"]

@@ -8,11 +8,12 @@ only. Its instances hold loaded parts and are what a worker samples with.
 from __future__ import annotations
 
 import contextlib
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from engine.errors import JobError
 from engine.models.attention import head_sizes, xformers_problem
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from engine.job.spec import ConditioningSpec
     from engine.methods.sampling.denoiser import ClassifierFreeDenoiser, Condition
+    from engine.methods.sampling.noise import NoiseStream
     from engine.methods.sampling.schedulers import Sampler
     from engine.methods.sampling.spec import SamplingSpec
     from engine.models.decoding import Decoder
@@ -46,11 +48,13 @@ class LatentSpace:
         channels: of the latents.
         pixels_per_latent: pixels of a side for each latent.
         scaling_factor: by which the autoencoder's latents are multiplied before they are noised.
+        shift_factor: what is subtracted from them before that.
     """
 
     channels: int
     pixels_per_latent: int
     scaling_factor: float
+    shift_factor: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +108,7 @@ class Pipeline(ABC):
         self._vae = frozen(vae, hardware.device).to(memory_format=self._layout)
         self.decoder: Decoder = Decoder(self._vae, hardware)
         self._footprint: Footprint | None = None
+        self._size: tuple[int, int] | None = None
         self._configure()
 
     # From configurations alone, without torch.
@@ -153,9 +158,50 @@ class Pipeline(ABC):
         """Height and width of the images of a folder that `check` lets through, in pixels."""
 
     @classmethod
+    def size_factor(cls, folder: Path) -> int:
+        """Pixels that the sides of an image must be multiples of, of a folder that `check` lets through."""
+        return cls.latent_space(folder).pixels_per_latent
+
+    @classmethod
+    def size_problems(cls, folder: Path, spec: SamplingSpec) -> list[str]:
+        """Sides of an image that the model cannot have; lines that go on after `sampling`."""
+        if spec.height is spec.width is None:
+            return []
+        factor, own = cls.size_factor(folder), cls.image_size(folder)
+        return [
+            f".{side}: {value} is not a multiple of {factor}, the pixels of a side for each latent or patch; use"
+            f" {max(1, round(value / factor)) * factor}, or leave it out for the model's own {default}"
+            for side, value, default in zip(("height", "width"), (spec.height, spec.width), own, strict=True)
+            if value is not None and value % factor
+        ]
+
+    @classmethod
     def num_noise_levels(cls, folder: Path) -> int:
         """Levels of the noise on image embeddings of a folder that `check` lets through; 0 if it takes none."""
         return 0
+
+    @classmethod
+    def embeds_guidance(cls, folder: Path) -> bool:
+        """Whether the network takes the guidance scale as an input, in place of two halves; see `guidance_inputs`."""
+        return False
+
+    @classmethod
+    def bare_network(cls, folder: Path) -> Callable[[Tensor], Tensor] | None:
+        """The network of a folder without its weights, for counting: a forward pass of latents [1, C, h, w].
+
+        All that it holds is on torch's default device: within `torch.device("meta")` it takes no memory.
+
+        Returns:
+            None where its arithmetic is not counted.
+        """
+        return None
+
+    @classmethod
+    def training_problem(cls, folder: Path) -> str:
+        """Why a folder that `check` lets through cannot be fine-tuned, as a predicate with the remedy; else empty."""
+        if cls.trained_part:
+            return ""
+        return f"is a {cls.class_name}, which can be sampled but not fine-tuned here; give a Stable Diffusion pipeline"
 
     # Loading.
 
@@ -186,13 +232,38 @@ class Pipeline(ABC):
 
     @property
     @abstractmethod
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of a sample's latents."""
+    def own_latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a sample's latents in the model's own size."""
 
     @property
     @abstractmethod
+    def own_image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a decoded image in the model's own size."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a sample's latents."""
+        channels, height, width = self.own_latent_shape
+        if self._size is None:
+            return channels, height, width
+        _, image_height, image_width = self.own_image_shape
+        return channels, height * self._size[0] // image_height, width * self._size[1] // image_width
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a decoded image."""
+        return self.own_image_shape if self._size is None else (self.own_image_shape[0], *self._size)
+
+    def in_size(self, spec: SamplingSpec) -> Self:
+        """The same parts for images of another size; this pipeline itself where a job leaves the size to it."""
+        own = self.own_image_shape[1:]
+        size = spec.image_size((own[0], own[1]))
+        if size == own:
+            return self
+        sized = copy.copy(self)
+        sized._size, sized._footprint = size, None
+        sized._recompute_large()
+        return sized
 
     @property
     def noise_shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -202,15 +273,18 @@ class Pipeline(ABC):
     @property
     def rows(self) -> int | None:
         """Rows of every model call on a CPU, whatever the batch; None on a GPU, where the batch decides."""
-        if not self.hardware.is_cpu:
-            return None
-        _, height, width = self.latent_shape
+        return self._rows(self.latent_shape) if self.hardware.is_cpu else None
+
+    @staticmethod
+    def _rows(latent_shape: tuple[int, int, int]) -> int:
+        _, height, width = latent_shape
         return max(1, min(CPU_ROWS, CPU_LATENT_PIXELS // (height * width)))
 
     @property
     def takes_fewer_rows(self) -> bool:
         """Whether calls of fewer than `rows` can be given the kernels of whole ones: see `make_steady`."""
-        return self.rows == CPU_ROWS and not self.hardware.compile
+        # Other kernels are given to the parts by their own size alone, whatever sizes a worker meets first.
+        return self.rows == self._rows(self.own_latent_shape) == CPU_ROWS and not self.hardware.compile
 
     def make_steady(self) -> None:
         """Let calls of fewer than `rows` take the kernels of whole ones, where they can be given them.
@@ -223,20 +297,30 @@ class Pipeline(ABC):
             make_steady(self._network)
             make_steady(self._vae)
 
-    def draw_noise(self, seeds: Sequence[int]) -> dict[str, Tensor]:
-        """Standard normal noise [B, ...] by name; of each sample a function of its seed alone.
+    def noise_stream(self, seeds: Sequence[int]) -> NoiseStream:
+        """The noise of a batch; of each sample a function of its seed alone.
 
         Args:
             seeds: one per sample, non-negative, below 2^63.
         """
-        from engine.methods.sampling.noise import draw_noise
+        from engine.methods.sampling.noise import NoiseStream
 
-        shapes = self.noise_shapes
-        return dict(zip(shapes, draw_noise(seeds, *shapes.values(), device=self.hardware.device), strict=True))
+        return NoiseStream(seeds, self.hardware.device)
+
+    def first_noise(self, stream: NoiseStream) -> dict[str, Tensor]:
+        """Standard normal noise [B, ...] by name, which a fresh stream gives before that of the steps."""
+        return {name: stream.draw(shape) for name, shape in self.noise_shapes.items()}
+
+    def draw_noise(self, seeds: Sequence[int]) -> dict[str, Tensor]:
+        """The same of samples whose steps draw none."""
+        return self.first_noise(self.noise_stream(seeds))
 
     @abstractmethod
-    def sampler(self, spec: SamplingSpec) -> Sampler:
+    def sampler(self, spec: SamplingSpec, noise: NoiseStream | None = None) -> Sampler:
         """A fresh sampler, for one batch.
+
+        Args:
+            noise: of the batch, after `first_noise`, for a scheduler that draws noise at its steps.
 
         Raises:
             ValueError: the combination is impossible with this model.
@@ -281,17 +365,26 @@ class Pipeline(ABC):
             sampler: knows what the network predicts.
             images: image embeddings, for a family with `embedding_parts`.
         """
-        from engine.methods.sampling.denoiser import ClassifierFreeDenoiser
+        from engine.methods.sampling.denoiser import ClassifierFreeDenoiser, Condition
 
         conditional, unconditional = self.conditions(prompts, spec.negative_prompt, images)
+        scale = spec.guidance_scale
+        if inputs := self.guidance_inputs(scale, len(prompts)):
+            # The network itself guides: there is no unconditional half.
+            conditional = unconditional = Condition({**conditional.tensors, **inputs})
+            scale = 1.0
         return ClassifierFreeDenoiser(
             self.predict,
             conditional=conditional,
             unconditional=unconditional,
             prediction=sampler.prediction,
-            guidance_scale=spec.guidance_scale,
+            guidance_scale=scale,
             guidance_rescale=spec.guidance_rescale,
         )
+
+    def guidance_inputs(self, guidance_scale: float, num_rows: int) -> Mapping[str, Tensor]:
+        """Inputs of the network [B, ...] by name that tell it the guidance scale; none where it does not take that."""
+        return {}
 
     @abstractmethod
     def predict(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
@@ -322,11 +415,11 @@ class Pipeline(ABC):
         network = self._network if torch.is_grad_enabled() or self._is_plain else self._fast_network
         latents = latents.to(dtype=self._network.dtype, memory_format=self._layout)
         if self.hardware.is_cpu:
-            output: Tensor = network(latents, timestep, return_dict=False, **inputs)[0]
+            output: Tensor = network(latents, timestep=timestep, return_dict=False, **inputs)[0]
             return output
         rows, most = len(latents), self._measured(latents, timestep, inputs).rows_below(MAX_ELEMENTS)
         outputs = [
-            network(latents[part], rows_of(timestep, rows, part), return_dict=False, **rows_of(inputs, rows, part))[0]
+            network(latents[part], return_dict=False, **rows_of({"timestep": timestep, **inputs}, rows, part))[0]
             for part in even_slices(rows, most)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -357,13 +450,17 @@ class Pipeline(ABC):
         """Attention kernels, recomputation of activations, compilation: as `runtime` asks for them."""
         if self.hardware.attention != "sdpa":
             self._use_xformers()
-        wanted, is_large = self.hardware.gradient_checkpointing, self.image_shape[1] > CHECKPOINTING_PIXELS
+        self._recompute_large()
+        self._fast_network = compiled(self._network) if self.hardware.compile else self._network
+        self._is_plain = False
+
+    def _recompute_large(self) -> None:
+        """Recompute activations where the job asks for it, or the images are large and nothing is measured."""
+        wanted, is_large = self.hardware.gradient_checkpointing, max(self.image_shape[1:]) > CHECKPOINTING_PIXELS
         # On a GPU `auto` goes by what is measured: see `_measured` and `Decoder.decoding`.
         if wanted == "on" or (wanted == "auto" and self.hardware.is_cpu and is_large):
             self._network.enable_gradient_checkpointing()
             self._vae.enable_gradient_checkpointing()
-        self._fast_network = compiled(self._network) if self.hardware.compile else self._network
-        self._is_plain = False
 
     def _use_xformers(self) -> None:
         """xformers' attention in the network, and in the VAE where xformers can differentiate its head size.

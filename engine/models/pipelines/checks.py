@@ -109,14 +109,20 @@ def option_problems(part: str, config: dict[str, Any], options: Options) -> Iter
             yield f"{part}/config.json has {option}: {shown(config[option])} ({meaning})"
 
 
-def vae_problems(vae: dict[str, Any]) -> Iterator[str]:
-    """Options of an `AutoencoderKL` that decoding by a scaling factor alone leaves out."""
-    factor = vae.get("scaling_factor", 0.18215)
+def vae_problems(vae: dict[str, Any], *, is_shifted: bool = False) -> Iterator[str]:
+    """Options of an `AutoencoderKL` that the pipeline leaves out when it decodes.
+
+    Args:
+        is_shifted: whether the pipeline adds the `shift_factor`, next to dividing by the `scaling_factor`.
+    """
+    factor, shift = vae.get("scaling_factor", 0.18215), vae.get("shift_factor")
     if not is_number(factor) or factor <= 0:
         yield f"vae/config.json has scaling_factor: {shown(factor)}, not a positive number"
+    if is_shifted and not is_number(shift):
+        yield f"vae/config.json has shift_factor: {shown(shift)}, which the pipeline adds; write a number (0 is none)"
     for option in ("shift_factor", "latents_mean", "latents_std"):
-        if vae.get(option):
-            yield f"vae/config.json has {option}: {shown(vae[option])}, which Stable Diffusion's pipelines leave out"
+        if vae.get(option) and not (is_shifted and option == "shift_factor"):
+            yield f"vae/config.json has {option}: {shown(vae[option])}, which the pipeline leaves out"
     if vae.get("out_channels", 3) != 3:
         yield f"vae/config.json has out_channels: {shown(vae['out_channels'])}; images have 3"
 
@@ -154,10 +160,11 @@ def tokenizer_problems(folder: Path, tokenizer: str, encoder: dict[str, Any]) ->
             f"{tokenizer}/tokenizer_config.json has model_max_length: {shown(limit)}; write {most} there, the tokens"
             " that the text encoder reads"
         )
-    yield from _vocabulary_problems(folder / tokenizer, encoder.get("vocab_size", 49408))
+    yield from vocabulary_problems(folder / tokenizer, encoder.get("vocab_size", 49408))
 
 
-def _vocabulary_problems(tokenizer: Path, num_embeddings: int) -> Iterator[str]:
+def vocabulary_problems(tokenizer: Path, num_embeddings: int) -> Iterator[str]:
+    """A tokenizer without a vocabulary, or with tokens that its text encoder has no embedding of."""
     if not has_vocabulary(tokenizer):
         yield f"its {tokenizer.name} has no vocabulary: neither tokenizer.json nor vocab.json with merges.txt"
         return
@@ -172,7 +179,10 @@ def _token_ids(tokenizer: Path) -> list[int]:
     """The numbers of all tokens of a tokenizer, those that were added too."""
     if (tokenizer / "tokenizer.json").is_file():
         content = read_config(tokenizer / "tokenizer.json")
-        return [*content["model"]["vocab"].values(), *(token["id"] for token in content.get("added_tokens") or [])]
+        vocabulary = content["model"]["vocab"]
+        # That of a unigram model is a list.
+        ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else [*range(len(vocabulary))]
+        return ids + [token["id"] for token in content.get("added_tokens") or []]
     ids = [*read_config(tokenizer / "vocab.json").values()]
     if (tokenizer / "added_tokens.json").is_file():
         ids += read_config(tokenizer / "added_tokens.json").values()

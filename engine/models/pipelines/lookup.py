@@ -62,6 +62,11 @@ def check_pipeline_weights(folder: Path, address: str, *, checks_safety: bool = 
         raise JobError(lines)
 
 
+def request_image_size(job: JobSpec, request: RequestSpec, folder: Path, address: str) -> tuple[int, int]:
+    """Height and width of the images of a request in pixels; the arguments are those of `request_problems`."""
+    return job.sampling_of(request).image_size(family_of(folder, address).image_size(folder))
+
+
 def request_problems(job: JobSpec, request: RequestSpec, folder: Path, address: str) -> list[str]:
     """What of a request does not go with its pipeline; lines that go on after `requests.NUMBER.`.
 
@@ -72,6 +77,7 @@ def request_problems(job: JobSpec, request: RequestSpec, folder: Path, address: 
     try:
         with reading_configuration(address):
             problems = family.sampling_problems(folder, sampling, is_guided=request.method_record.is_guided)
+            problems += family.size_problems(folder, sampling)
     except JobError as error:
         return [f"diffusion: {error}"]
     conditioning = family.conditioning_problems(folder, address, request.conditioning)

@@ -20,21 +20,42 @@ Embed = Callable[[Tensor, Tensor | None], Mapping[str, Tensor]]
 
 
 class PromptEncoder:
-    """A CLIP tokenizer and a text encoder, with a cache of the last prompts.
+    """A tokenizer and a text encoder, with a cache of the last prompts.
 
     Args:
         tokenizer: of transformers.
         embed: runs the text encoder.
         device: of the text encoder.
         uses_mask: whether padding is masked.
+        num_tokens: to which prompts are padded, and that they may have; those of the tokenizer if None.
+        cuts: read the first tokens of longer prompts, for an encoder beside another one that reads them whole.
+        max_embeddings: prompts whose embeddings are kept.
     """
 
-    def __init__(self, tokenizer: Any, embed: Embed, *, device: str, uses_mask: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        embed: Embed,
+        *,
+        device: str,
+        uses_mask: bool = False,
+        num_tokens: int | None = None,
+        cuts: bool = False,
+        max_embeddings: int = MAX_EMBEDDINGS,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._most_tokens = num_tokens
+        self._cuts = cuts
+        self._max_embeddings = max_embeddings
         self._embed = embed
         self._device = device
         self._uses_mask = uses_mask
         self._embeddings: dict[str, Mapping[str, Tensor]] = {}
+
+    @property
+    def _num_tokens(self) -> int:
+        limit: int = self._most_tokens or self._tokenizer.model_max_length
+        return limit
 
     def check(self, prompts: Sequence[str]) -> None:
         """Refuse prompts that the text encoder would cut off without notice.
@@ -42,9 +63,8 @@ class PromptEncoder:
         Raises:
             JobError: naming the first prompt that is too long.
         """
-        limit = self._tokenizer.model_max_length
-        for prompt in prompts:
-            if (length := len(self._tokenizer(self.expanded(prompt)).input_ids)) > limit:
+        for prompt in () if self._cuts else prompts:
+            if (length := len(self._tokenizer(self.expanded(prompt)).input_ids)) > (limit := self._num_tokens):
                 raise JobError(
                     f"prompt '{prompt[:80]}' has {length} tokens, the text encoder reads {limit}; shorten it"
                 )
@@ -63,7 +83,7 @@ class PromptEncoder:
                 self._embeddings[prompt] = self._encode(prompt)
         rows = [self._embeddings[prompt] for prompt in prompts]
         condition = Condition({name: torch.cat([row[name] for row in rows]) for name in rows[0]})
-        while len(self._embeddings) > MAX_EMBEDDINGS:
+        while len(self._embeddings) > self._max_embeddings:
             del self._embeddings[next(iter(self._embeddings))]
         return condition
 
@@ -72,7 +92,7 @@ class PromptEncoder:
             [self.expanded(prompt)],
             padding="max_length",
             truncation=True,
-            max_length=self._tokenizer.model_max_length,
+            max_length=self._num_tokens,
             return_tensors="pt",
         )
         mask = tokens.attention_mask.to(self._device) if self._uses_mask else None

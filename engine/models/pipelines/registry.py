@@ -8,6 +8,17 @@ from typing import Any
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "engine.models.pipelines.stable_diffusion:StableDiffusion",
     "StableUnCLIPImg2ImgPipeline": "engine.models.pipelines.unclip:StableUnclip",
+    "StableDiffusion3Pipeline": "engine.models.pipelines.stable_diffusion_3:StableDiffusion3",
+    "LatentConsistencyModelPipeline": "engine.models.pipelines.latent_consistency:LatentConsistency",
+    "StableDiffusionXLPipeline": "engine.models.pipelines.stable_diffusion_xl:StableDiffusionXL",
+    "PixArtSigmaPipeline": "engine.models.pipelines.pixart_sigma:PixArtSigma",
+}
+# Classes that are easily taken for one that runs, and what they are.
+NEAR: dict[str, str] = {
+    "StableDiffusionXLImg2ImgPipeline": "the refiner of Stable Diffusion XL, which finishes the images of another"
+    " pipeline and makes none from a prompt; give the base model",
+    "LatentConsistencyModelImg2ImgPipeline": "a latent consistency model for images alone; save it as a"
+    " LatentConsistencyModelPipeline, and give images in `start`",
 }
 
 
@@ -24,5 +35,6 @@ def class_problem(class_name: Any) -> str:
         class_name: as `model_index.json` has it, of any kind.
     """
     if isinstance(class_name, str):
-        return "" if class_name in FAMILIES else f"is a {class_name}"
+        more = f" ({NEAR[class_name]})" if class_name in NEAR else ""
+        return "" if class_name in FAMILIES else f"is a {class_name}{more}"
     return "is a pipeline with code of its own"

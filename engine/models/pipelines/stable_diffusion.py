@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from engine.errors import JobError
 from engine.methods.config_values import is_integer, shown
-from engine.methods.sampling.families import ModelScheduler
+from engine.methods.sampling.families import CONSISTENCY, ModelScheduler
 from engine.methods.sampling.sampling_checks import sampling_problems
 from engine.methods.sampling.training_checks import training_problems
 from engine.models.configurations import part_classes, read_config, reading_configuration
@@ -36,17 +36,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from engine.methods.sampling.denoiser import Condition
+    from engine.methods.sampling.noise import NoiseStream
     from engine.methods.sampling.schedulers import Sampler
     from engine.methods.sampling.spec import SamplingSpec
+    from engine.models.pipelines.prompts import PromptEncoder
 
 # Sizes of latents below this in a UNet of diffusers before 0.9 are taken for a mistake by its pipeline.
 OLD_SAMPLE_SIZE = 64
 TEXT = "encoder_hidden_states"
+# The UNet's input for the embedding of the guidance scale, and the factor of the scale in it.
+GUIDANCE, GUIDANCE_FACTOR = "timestep_cond", 1000.0
 IMAGE_ENCODERS = ("CLIPVisionModelWithProjection",)
 _UNET: Options = (
     ("addition_embed_type", (None, "text"), "it takes more than timestep and prompt, as Stable Diffusion XL does"),
     ("encoder_hid_dim_type", (None, "text_proj"), "it takes an image next to the prompt, as with an IP-adapter"),
-    ("time_cond_proj_dim", (None,), "it takes the guidance scale, as a latent consistency model does"),
     ("num_class_embeds", (None,), "it takes a class or a noise level, as an upscaler does"),
     ("attention_type", ("default", None), "it takes the places of objects, as GLIGEN does"),
     ("dual_cross_attention", (False, None), "it takes two kinds of prompts"),
@@ -84,15 +87,18 @@ class StableDiffusion(Pipeline):
     def __init__(
         self, *, text_encoder: Any, tokenizer: Any, scheduler: ModelScheduler, hardware: Hardware, **parts: Any
     ) -> None:
+        super().__init__(hardware=hardware, **parts)
+        self._scheduler = scheduler
+        self.prompts = self.prompt_encoder(frozen(text_encoder, hardware.device), tokenizer)
+
+    def prompt_encoder(self, encoder: Any, tokenizer: Any) -> PromptEncoder:
+        """What a text encoder makes of prompts, by the names of the network's inputs."""
         from engine.models.pipelines.prompts import PromptEncoder
 
-        super().__init__(hardware=hardware, **parts)
-        encoder = frozen(text_encoder, hardware.device)
-        self._scheduler = scheduler
-        self.prompts = PromptEncoder(
+        return PromptEncoder(
             tokenizer,
             lambda tokens, mask: {TEXT: encoder(tokens, attention_mask=mask)[0]},
-            device=hardware.device,
+            device=self.hardware.device,
             uses_mask=getattr(encoder.config, "use_attention_mask", False),
         )
 
@@ -109,14 +115,16 @@ class StableDiffusion(Pipeline):
     @classmethod
     def configuration_problems(cls, folder: Path) -> Iterator[str]:
         """Options of the parts that nothing here would act on, or that do not fit together; a line each."""
-        configs = {name: read_config(folder / name / "config.json") for name in ("unet", "vae", "text_encoder")}
+        parts = ("unet", "vae", *(name for name in cls.required if name.startswith("text_encoder")))
+        configs = {name: read_config(folder / name / "config.json") for name in parts}
         unet, vae = configs["unet"], configs["vae"]
         for name, config in configs.items():
             yield from quantisation_problems(name, config)
-            if name != "text_encoder":
+            if not name.startswith("text_encoder"):
                 yield from _with_remedy(class_problems(name, config, cls.required[name][0]))
         yield from _with_remedy(option_problems("unet", unet, cls.unet_options))
         yield from _with_remedy(cls.class_embedding_problems(unet))
+        yield from _guidance_embedding_problems(unet)
         yield from _with_remedy(_channel_problems(unet, vae))
         yield from _with_remedy(vae_problems(vae))
         yield from size_problems("unet", unet.get("sample_size"), pixels_per_latent(vae))
@@ -155,7 +163,53 @@ class StableDiffusion(Pipeline):
     @classmethod
     def sampling_problems(cls, folder: Path, spec: SamplingSpec, *, is_guided: bool) -> list[str]:
         """What is impossible about a job's sampling; see `Pipeline.sampling_problems`."""
-        return sampling_problems(cls.read_scheduler(folder), spec, is_guided=is_guided)
+        problems = sampling_problems(cls.read_scheduler(folder), spec, is_guided=is_guided)
+        if not cls.embeds_guidance(folder):
+            return problems
+        for field in ("negative_prompt", "guidance_rescale"):
+            if value := getattr(spec, field):
+                reason = (
+                    "the UNet takes the guidance scale itself (time_cond_proj_dim), so there is no unconditional half"
+                )
+                problems.append(f".{field}: {shown(value)}, but {reason}; leave it out")
+        return problems
+
+    @classmethod
+    def embeds_guidance(cls, folder: Path) -> bool:
+        """Whether the UNet was distilled with the guidance scale as an input; see `Pipeline.embeds_guidance`."""
+        return read_config(folder / "unet" / "config.json").get("time_cond_proj_dim") is not None
+
+    @classmethod
+    def bare_network(cls, folder: Path) -> Callable[[Tensor], Tensor]:
+        """The UNet with inputs for one row; see `Pipeline.bare_network`."""
+        import torch
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+        config = read_config(folder / "unet" / "config.json")
+        unet = UNet2DConditionModel.from_config(config).requires_grad_(False).eval()
+        inputs = {name: torch.empty(1, *shape) for name, shape in cls.input_shapes(folder, config).items()}
+        if dim := config.get("time_cond_proj_dim"):
+            inputs[GUIDANCE] = torch.empty(1, dim)
+        timestep, arguments = torch.zeros(1), cls.network_arguments(inputs)
+        return lambda latents: unet(latents, timestep, return_dict=False, **arguments)[0]
+
+    @classmethod
+    def input_shapes(cls, folder: Path, unet: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Shapes of what `encode` and `conditions` give for a sample, by name."""
+        encoder = text_config(folder / "text_encoder")
+        return {TEXT: (encoder.get("max_position_embeddings", 77), encoder.get("hidden_size", 512))}
+
+    @classmethod
+    def training_problem(cls, folder: Path) -> str:
+        """Models that are distilled to few steps; see `Pipeline.training_problem`."""
+        if problem := super().training_problem(folder):
+            return problem
+        if cls.embeds_guidance(folder) or cls.read_scheduler(folder).name in CONSISTENCY:
+            return (
+                "is distilled to sample in few steps, which training on noise would undo; fine-tune the model that it"
+                " was distilled from"
+            )
+        return ""
 
     @classmethod
     def read_scheduler(cls, folder: Path) -> ModelScheduler:
@@ -217,22 +271,22 @@ class StableDiffusion(Pipeline):
         }
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of a sample's latents."""
+    def own_latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a sample's latents in the model's own size."""
         return int(self._network.config.in_channels), *self._latent_size(self._network.config)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of a decoded image."""
-        _, height, width = self.latent_shape
+    def own_image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a decoded image in the model's own size."""
+        _, height, width = self.own_latent_shape
         scale = pixels_per_latent(self._vae.config)
         return 3, height * scale, width * scale
 
-    def sampler(self, spec: SamplingSpec) -> Sampler:
+    def sampler(self, spec: SamplingSpec, noise: NoiseStream | None = None) -> Sampler:
         """A fresh sampler, for one batch; see `Pipeline.sampler`."""
         from engine.methods.sampling.schedulers import make_sampler
 
-        return make_sampler(spec, self._scheduler, self.hardware.device)
+        return make_sampler(spec, self._scheduler, self.hardware.device, noise)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse prompts that are too long; see `Pipeline.check_prompts`."""
@@ -242,9 +296,22 @@ class StableDiffusion(Pipeline):
         """Text embeddings [B, tokens, width]; the last prompts are kept."""
         return self.prompts.encode(prompts)
 
+    def guidance_inputs(self, guidance_scale: float, num_rows: int) -> dict[str, Tensor]:
+        """The embedding of the guidance scale, [B, d], for a UNet that is conditioned on it."""
+        dim = self._network.config.time_cond_proj_dim
+        if dim is None:
+            return {}
+        embedding = guidance_embedding(guidance_scale, dim).expand(num_rows, dim)
+        return {GUIDANCE: embedding.to(self.hardware.device, self._network.dtype)}
+
     def predict(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        """Output [B, C, H, W] of the UNet, whose inputs a condition's names are."""
-        return self.call_network(latents, timestep, **condition.tensors)
+        """Output [B, C, H, W] of the UNet."""
+        return self.call_network(latents, timestep, **self.network_arguments(condition.tensors))
+
+    @classmethod
+    def network_arguments(cls, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The tensors of a condition as the UNet's forward pass takes them."""
+        return dict(inputs)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents [B, C, h, w] of images [B, 3, H, W] in [0, 1]: the mode of the autoencoder's posterior, scaled."""
@@ -253,6 +320,20 @@ class StableDiffusion(Pipeline):
             images,
             self.latent_shape,
         )
+
+
+def guidance_embedding(guidance_scale: float, dim: int) -> Tensor:
+    """Sinusoids [1, d] of `w = guidance_scale - 1` that a distilled UNet reads (Luo et al. 2023, section 4.1).
+
+    In diffusers' order of operations: a thousand times w is an angle large enough for its rounding to be seen.
+    """
+    import torch
+
+    half = dim // 2
+    rate = torch.log(torch.tensor(10000.0)) / (half - 1)
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -rate)
+    angles = (torch.tensor(guidance_scale - 1, dtype=torch.float32) * GUIDANCE_FACTOR)[None, None] * frequencies
+    return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
 
 
 def is_old_size(unet: Mapping[str, Any]) -> bool:
@@ -276,6 +357,13 @@ def text_config(folder: Path) -> dict[str, Any]:
 
 def _with_remedy(problems: Iterator[str]) -> Iterator[str]:
     return (f"{problem}; {what_runs()}" for problem in problems)
+
+
+def _guidance_embedding_problems(unet: dict[str, Any]) -> Iterator[str]:
+    dim = unet.get("time_cond_proj_dim")
+    # The sinusoids of two entries have no second frequency.
+    if dim is not None and (not is_integer(dim) or dim < 4):
+        yield f"unet/config.json has time_cond_proj_dim: {shown(dim)}, not the entries of an embedding; write 4 or more"
 
 
 def _channel_problems(unet: dict[str, Any], vae: dict[str, Any]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from engine.methods.config_values import is_integer, shown
 from engine.models.configurations import read_config, reading_configuration
 from engine.models.hardware import Hardware
 from engine.models.pipelines.base import EMBEDDINGS, LATENTS, ImageConditioning
-from engine.models.pipelines.checks import IMAGE_PROCESSORS, Classes
+from engine.models.pipelines.checks import IMAGE_PROCESSORS, Classes, Options
 from engine.models.pipelines.parts import FEATURE_EXTRACTOR, load_part
 from engine.models.pipelines.registry import what_runs
 from engine.models.pipelines.stable_diffusion import IMAGE_ENCODERS, StableDiffusion
@@ -42,6 +42,10 @@ class StableUnclip(StableDiffusion):
         _NOISING: ("DDPMScheduler",),
     }
     optional: ClassVar[Classes] = {}
+    unet_options: ClassVar[Options] = (
+        *StableDiffusion.unet_options,
+        ("time_cond_proj_dim", (None,), "it takes the guidance scale, which Stable unCLIP does not give"),
+    )
 
     def __init__(self, *, noiser: EmbeddingNoiser, **parts: Any) -> None:
         super().__init__(**parts)
@@ -78,6 +82,11 @@ class StableUnclip(StableDiffusion):
         if is_integer(levels) and spec.noise_level >= levels:
             return [f".noise_level: {spec.noise_level} is not below the {levels} of '{address}'"]
         return []
+
+    @classmethod
+    def input_shapes(cls, folder: Path, unet: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """As of Stable Diffusion, and the class labels; see `StableDiffusion.input_shapes`."""
+        return super().input_shapes(folder, unet) | {LABELS: (unet["projection_class_embeddings_input_dim"],)}
 
     @classmethod
     def num_noise_levels(cls, folder: Path) -> int:

@@ -108,11 +108,8 @@ def check_trainable(folder: Path, address: str, recipe: FineTuneRecipe) -> type[
     check_pipeline(folder, address, checks_safety=False)
     check_pipeline_weights(folder, address, checks_safety=False)
     family = family_of(folder, address)
-    if not family.trained_part:
-        raise JobError(
-            f"'{address}' is a {family.class_name}, which can be sampled but not fine-tuned here; give a Stable"
-            " Diffusion pipeline"
-        )
+    if problem := family.training_problem(folder):
+        raise JobError(f"'{address}' {problem}")
     if recipe.lora_rank is not None:
         stored = tensors_of(folder / family.trained_part, address, "a diffusion pipeline")
         check_rank(recipe.lora_rank, {name: tensor.shape for name, tensor in stored.items()}, address)
