@@ -74,6 +74,10 @@ CASES: dict[str, Case] = {
         schedulers=CONSISTENT,
         scales=(1.0, 8.0),
     ),
+    "Stable unCLIP": Case(
+        save=lambda folder: save_pipeline(folder, unet=SMALL, is_unclip=True),
+        schedulers=("lms", "ddim", "euler", "dpmsolver++", "lcm", "model:EulerAncestralDiscreteScheduler"),
+    ),
     "latent consistency model": Case(save=save_lcm_pipeline, schedulers=CONSISTENT, scales=(1.0, 8.0)),
     "Stable Diffusion XL": Case(save=lambda folder: save_xl_pipeline(folder, unet=SMALL)),
     "Stable Diffusion XL, turbo": Case(save=_turbo(save_xl_pipeline), schedulers=TURBO, scales=(1.0,), steps=1),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,10 @@ from engine.models.arithmetic import count_folder
 from engine.models.diffusion import load_pipeline
 from engine.models.job_checks import check_addresses
 from engine.models.pipelines.base import LATENTS
-from engine.models.pipelines.lookup import family_of
+from engine.models.pipelines.lookup import check_pipeline, family_of
 from tests.commands import run
 from tests.model_differences import DISTILLED, SMALL
+from tests.test_auto_sizes import SDXL
 from tests.test_starts import Told, pixels_of
 from tests.tiny_pipelines import (
     PROMPTS,
@@ -380,3 +382,32 @@ def test_workers_of_ray_make_the_bytes_of_one_process(folders: dict[str, Path], 
     tars = sorted((tmp_path / "ray/shards").glob("*.tar"))
     assert len(tars) == 4
     assert all(tar.read_bytes() == (tmp_path / "local/shards" / tar.name).read_bytes() for tar in tars)
+
+
+@pytest.mark.slow
+def test_stable_diffusion_xl_at_its_real_size(tmp_path: Path, folders: dict[str, Path]) -> None:
+    """The published configurations are let through, and their network has the published parameters and operations.
+
+    Without weights; 2.57 thousand million parameters (Podell et al. 2023, table 1) are the UNet with all its inputs.
+    """
+    folder = tmp_path / "sdxl"
+    shutil.copytree(folders["xl"], folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+    added |= {"projection_class_embeddings_input_dim": 2816}
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(**SDXL | added)
+    assert sum(one.numel() for one in unet.parameters()) == 2_567_463_684
+    unet.save_config(folder / "unet")
+    vae = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32}
+    vae |= {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    edit(folder / "vae" / "config.json", **vae, sample_size=1024, force_upcast=True)
+    edit(folder / "text_encoder" / "config.json", hidden_size=768, max_position_embeddings=77, vocab_size=49408)
+    second = {"hidden_size": 1280, "projection_dim": 1280, "max_position_embeddings": 77, "vocab_size": 49408}
+    edit(folder / "text_encoder_2" / "config.json", **second)
+    check_pipeline(folder, "xl")
+    assert family_of(folder, "xl").image_size(folder) == (1024, 1024)
+    counted = count_folder(folder)
+    # 2.99 TMAC but for the products of attention: 10 layers of 4096 tokens, 60 of 1024, each also with 77 of text.
+    layers = ((10, 4096, 640), (60, 1024, 1280))
+    attention = sum(number * 4 * tokens * (tokens + 77) * width for number, tokens, width in layers)
+    assert counted is not None and (counted.unet - attention) / 1e12 == pytest.approx(5.98, abs=0.01)

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from engine.methods.config_values import is_integer, is_number, shown
-from engine.methods.sampling.families import CLASSES, CONSISTENCY, KNOWN, MULTISTEP, ModelScheduler
+from engine.methods.sampling.families import CLASSES, CONSISTENCY, KINDS, KNOWN, MULTISTEP, ModelScheduler
 from engine.methods.sampling.spec import SamplingSpec, noise_problem
 
 _SIGMA_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
@@ -68,7 +68,7 @@ def sampling_problems(scheduler: ModelScheduler, spec: SamplingSpec, *, is_guide
 
 def _own_problem(scheduler: ModelScheduler, is_guided: bool) -> str:
     """Why a model's own scheduler does not run; empty if it does."""
-    name, rest = scheduler.name, f"use one of {', '.join(CLASSES)}"
+    name, rest = scheduler.name, f"use one of {', '.join(name for name, kind in CLASSES.items() if kind in KINDS)}"
     algorithm = str(scheduler.config.get("algorithm_type", ""))
     if name not in KNOWN or (name in MULTISTEP and algorithm.startswith("sde")):
         kind = f"{name} with {algorithm}" if name in KNOWN else name
