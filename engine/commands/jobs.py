@@ -232,7 +232,7 @@ def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
     from engine.commands.jobfile import quoting_comments
     from engine.data.run.output_folder import check_output
     from engine.data.stores.opening import open_store
-    from engine.driver.checks import check_hardware, find_start_images
+    from engine.driver.checks import check_hardware, find_images
     from engine.job.plan import resolve_requests
     from engine.models.artefacts import missing_artefacts
     from engine.models.job_checks import check_addresses
@@ -244,7 +244,7 @@ def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
     labels = read_labels(job.models.target)
     if labels is not None:
         with quoting_comments(path):
-            find_start_images(resolve_requests(job, labels), labels)
+            find_images(job, resolve_requests(job, labels), labels)
     missing, target = missing_artefacts(job), _described_target(job)
     if as_json:
         checked = {"valid": True, "classes_checked": labels is not None, "to_prepare": missing, "target": target}

@@ -98,9 +98,10 @@ def _image_digests(
     """
     if missing := missing_artefacts(job):
         raise JobError(missing)
-    digests: dict[str, dict[str, str]] = {"conditioning": {}, "starts": {}}
-    if not any(request.conditioning or request.used_start for request in job.requests):
+    digests: dict[str, dict[str, str]] = {"conditioning": {}, "starts": {}, "given": {}}
+    if not any(one.conditioning or one.used_start or job.criterion_images(one) for one in job.requests):
         return digests
+    from engine.generation.criterion_images import given_digests
     from engine.generation.given_images import CheckedImages
     from engine.generation.starts import start_digests
 
@@ -109,22 +110,24 @@ def _image_digests(
         from engine.generation.conditioner import conditioning_digests
 
         digests["conditioning"] = conditioning_digests(job, requests, images, display.notice)
-    return digests | {"starts": start_digests(requests, images)}
+    return digests | {"starts": start_digests(requests, images), "given": given_digests(job, requests, images)}
 
 
-def find_start_images(requests: Sequence[RequestPlan], labels: list[str]) -> None:
-    """Look for the images that requests start from, without reading them.
+def find_images(job: JobSpec, requests: Sequence[RequestPlan], labels: list[str]) -> None:
+    """Look for the images that requests start from, and that their criteria see, without reading them.
 
     Raises:
         JobError: there are none of a kind that can be read, a line each.
     """
     problems: list[str] = []
     for request in requests:
-        if start := request.spec.used_start:
+        start, seen = request.spec.used_start, job.criterion_images(request.spec)
+        named = [(start.images, "start.images")] if start else []
+        for address, field in named + ([(seen, "guidance.custom.images")] if seen else []):
             from engine.data.images import open_images
 
             try:
-                open_images(start.images, tuple(labels), f"{request.where}.start.images")
+                open_images(address, tuple(labels), f"{request.where}.{field}")
             except JobError as error:
                 problems += error.problems
     if problems:
@@ -147,6 +150,7 @@ def plan_job(job: JobSpec, display: Display | None = None) -> Plan:
     images = {
         "conditioning": {spec.artefact or spec.images or "": "" for one in job.requests if (spec := one.conditioning)},
         "starts": {start.images: "" for one in job.requests if (start := one.used_start)},
+        "given": {address: "" for one in job.requests if (address := job.criterion_images(one))},
     }
     if display is not None:
         with contextlib.closing(display):
@@ -217,7 +221,7 @@ def describe_models(
         (described["oracles"][-1] if models.oracles else described["oracle"])["guides"] = True
     if validity is not None:
         described["validity"] = validity.described
-    for role in ("conditioning", "starts", "methods"):
+    for role in ("conditioning", "starts", "given", "methods"):
         if used := digests.get(role):
             described[role] = [{"address": address, "digest": digest} for address, digest in used.items()]
     return described

@@ -18,7 +18,7 @@ from engine.models.program_settings import side_file
 from engine.models.programs import as_file, is_program
 
 # Roles of the description of a job's models that are not models.
-_OTHER_ROLES = ("conditioning", "starts", "methods", "validity")
+_OTHER_ROLES = ("conditioning", "starts", "given", "methods", "validity")
 _ORACLES = ("oracle", "oracles")
 
 Stamps = tuple[tuple[str, int, int], ...]
