@@ -23,7 +23,7 @@ from engine.models.digests import model_digests
 from engine.models.hardware import hardware_problems
 from engine.models.job_checks import check_addresses
 from engine.models.job_label_maps import label_map_identity
-from engine.models.labels import target_labels
+from engine.models.labels import describe_head, target_labels
 from engine.models.licences import licence_of
 from engine.models.training_lineage import training_of
 from engine.models.validity import Validity, job_validity
@@ -201,12 +201,14 @@ def describe_models(
         "clip": _describe(models.clip, digests["clip"]),
         "target": _describe(models.target, digests["target"])
         | describe_temperature(models.target, calibration)
+        | describe_head(models.target)
         | {"labels": labels},
     }
     if models.further_targets:
         pairs = zip(models.further_targets, digests["further_targets"], strict=True)
         described["further_targets"] = [
-            _describe(address, digest) | describe_temperature(address, None) for address, digest in pairs
+            _describe(address, digest) | describe_temperature(address, None) | describe_head(address)
+            for address, digest in pairs
         ]
     if models.transfer:
         pairs = zip(models.transfer, digests["transfer"], strict=True)
