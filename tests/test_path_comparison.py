@@ -21,10 +21,10 @@ from tests.program_cases import job_of
 def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Copies of the zoo's target: images are enlarged before the network sees them, and one has a steep softmax."""
     home, targets = tmp_path_factory.mktemp("targets"), {}
-    for name, role, temperature in (("usual", "target", 1.0), ("steep", "transfer", 1e-3)):
+    for name, role, temperature in (("usual", "transfer", 1.0), ("steep", "target", 0.01)):
         folder = copied(ZOO[role], home / name, temperature=temperature)
         processor = folder / "preprocessor_config.json"
-        settings = json.loads(processor.read_text()) | {"size": {"height": 33, "width": 33}, "resample": 3}
+        settings = json.loads(processor.read_text()) | {"size": {"height": 48, "width": 48}, "resample": 3}
         processor.write_text(json.dumps(settings))
         targets[name] = str(folder)
     return targets
