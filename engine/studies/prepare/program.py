@@ -20,6 +20,7 @@ from engine.generation.artefact import Conditioning, save_conditioning
 from engine.job.spec import JobSpec
 from engine.models.addresses import resolve
 from engine.models.artefact_documents import kind_of
+from engine.models.clip_checks import is_siglip
 from engine.models.configurations import CALIBRATION_DOCUMENT, NEIGHBOURS_DOCUMENT, read_config
 from engine.models.digests import model_digest
 from engine.models.factories import import_folders
@@ -245,8 +246,11 @@ def described_models(job: JobSpec, kind: str, encoder: str | None) -> dict[str, 
 
 
 def _num_features(encoder: str) -> int:
-    """Entries of an embedding of a CLIP model; transformers' default where its configuration does not say."""
-    return int(read_config(resolve(encoder) / "config.json").get("projection_dim", 512))
+    """Entries of an embedding of an encoder; transformers' default where its configuration does not say."""
+    config = read_config(resolve(encoder) / "config.json")
+    vision = config.get("vision_config")
+    of_vision = vision.get("hidden_size", 768) if isinstance(vision, dict) and is_siglip(resolve(encoder)) else 512
+    return int(config.get("projection_dim", config.get("hidden_size", of_vision)))
 
 
 def _executor_for(source: ImageSource, executor: Executor | None, display: Display) -> Executor | None:
