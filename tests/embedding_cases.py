@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,31 @@ def save_dino(folder: Path, *, labels: list[str] | None = None, seed: int = 0) -
 
     torch.manual_seed(seed)
     layers = LAYERS | {"image_size": 28, "patch_size": 14}
-    named = (
-        {"id2label": dict(enumerate(labels)), "label2id": {name: place for place, name in enumerate(labels)}}
-        if labels
-        else {}
-    )
+    named = {"id2label": dict(enumerate(labels))} if labels else {}
     kind = Dinov2ForImageClassification if labels else Dinov2Model
     kind(Dinov2Config(**layers, **named)).save_pretrained(folder)
     BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+    return folder
+
+
+def save_open_clip(folder: Path, *, seed: int = 0, is_sigmoid: bool = False, **images: Any) -> Path:
+    """A model of open_clip in its hub format, as `open_clip.push_to_hf_hub` writes it.
+
+    Args:
+        is_sigmoid: whether it was made for SigLIP's loss.
+        images: fields of `preprocess_cfg`.
+    """
+    import open_clip
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    vision = {"image_size": 32, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8}
+    text = {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
+    bias = {"init_logit_bias": -7.0, "custom_text": True} if is_sigmoid else {}
+    config = {"model_cfg": {"embed_dim": 12, "vision_cfg": vision, "text_cfg": text} | bias, "preprocess_cfg": images}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(seed)
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    weights = {name: one.contiguous() for name, one in model.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors")
     return folder

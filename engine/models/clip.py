@@ -16,6 +16,7 @@ from engine.models.addresses import resolve
 from engine.models.clip_checks import check_clip, check_image_encoder, is_dino, is_siglip
 from engine.models.kernels import full_float32
 from engine.models.loading import frozen, load_weights, loading
+from engine.models.open_clip_checks import is_open_clip
 from engine.models.preprocessing import Preprocessing
 
 TEXT_BATCH = 256
@@ -37,14 +38,14 @@ class Clip:
 
     @classmethod
     def load(cls, address: str, device: str = "cpu") -> Clip:
-        """Load a CLIP or SigLIP model from `zoo:`, a folder or a hub id; safetensors only.
+        """Load a CLIP or SigLIP model, also of open_clip, from `zoo:`, a folder or a hub id; safetensors only.
 
         Raises:
             JobError: it cannot be loaded.
         """
         folder = resolve(address)
         check_clip(folder, address)
-        clip = (_load_siglip if is_siglip(folder) else _load_clip)(folder, address, device)
+        clip = _load(folder, address, device)
         with loading(address, "a CLIP model of images from its image processor"):
             clip.image_embeds([PIL.Image.new("RGB", (64, 64))])
         return clip
@@ -129,6 +130,28 @@ class SigLip(Clip):
         )
         with full_float32(self._device):
             return _embeds(self._model.get_text_features(input_ids=tokens["input_ids"].to(self._device))).float().cpu()
+
+
+class OpenClip(Clip):
+    """A model of open_clip, trained with either loss."""
+
+    @property
+    def logit_bias(self) -> float:
+        """What its loss adds to the scaled cosines; 0 for a softmax over all texts."""
+        return float(self._model.logit_bias)
+
+    def _text_embeds(self, prompts: Sequence[str]) -> Tensor:
+        tokens = self._tokenizer(list(prompts)).to(self._device)
+        with full_float32(self._device):
+            return _embeds(self._model.get_text_features(tokens)).float().cpu()
+
+
+def _load(folder: Path, address: str, device: str) -> Clip:
+    if is_open_clip(folder):
+        from engine.models.open_clip_loading import load_open_clip
+
+        return OpenClip(*load_open_clip(folder, address), device, name=address)
+    return (_load_siglip if is_siglip(folder) else _load_clip)(folder, address, device)
 
 
 def _load_clip(folder: Path, address: str, device: str) -> Clip:

@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.errors import JobError
 from engine.models.configurations import need_file, read_config, reading_configuration
+from engine.models.open_clip_checks import check_open_clip, is_open_clip
 from engine.models.processor_checks import check_processor
 from engine.models.stored_tensors import tensors_of
 from engine.models.weight_files import check_weights, conversion_line, has_weights
@@ -76,6 +77,9 @@ def check_clip(folder: Path, address: str, *, is_complete: bool = True) -> None:
     Raises:
         JobError: what the folder holds instead, or what is missing.
     """
+    if is_open_clip(folder):
+        check_open_clip(folder, address)
+        return
     need_file(folder, "config.json", address, "a transformers model folder")
     with reading_configuration(address):
         config = read_config(folder / "config.json")
@@ -98,7 +102,9 @@ def _check_kind(config: dict[str, Any], address: str) -> None:
         )
     known = CLIP_TYPES.get(str(family))
     if known is None or (kinds and known[0] not in kinds):
-        raise JobError(f"'{address}' is a model of type {kinds[0] if known else family!r}; a CLIP model is needed")
+        raise JobError(
+            f"'{address}' is a model of type {kinds[0] if known and kinds else family!r}; a CLIP model is needed"
+        )
     vision = config.get("vision_config")
     if isinstance(vision, dict) and vision.get("num_channels", 3) != 3:
         raise JobError(f"'{address}': vision_config.num_channels: {vision['num_channels']!r}; images here have three")

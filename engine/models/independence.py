@@ -14,7 +14,7 @@ from engine.models.programs import as_file, is_program
 from engine.models.weight_comparison import have_same_weights
 
 _WHOLE = ("",)
-_IMAGE_TOWER = ("vision_model.", "visual_projection.")
+_IMAGE_TOWER = ("vision_model.", "visual_projection.", "visual.")
 
 
 def check_independent(models: ModelsSpec, *, oracle_guides: bool = False) -> None:

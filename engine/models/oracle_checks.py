@@ -8,9 +8,9 @@ from engine.errors import JobError
 from engine.models.addresses import locate
 from engine.models.classifier_checks import check_classifier, read_temperature
 from engine.models.clip_checks import check_clip, check_image_encoder
-from engine.models.configurations import read_config
 from engine.models.digests import oracle_digest
 from engine.models.neighbour_documents import check_features, find_neighbours, read_neighbours
+from engine.models.open_clip_checks import clip_config
 from engine.models.oracle_kinds import kind_in
 
 
@@ -29,7 +29,7 @@ def check_oracle(folder: Path, address: str) -> None:
     is_complete = not locate(address).is_hub
     if kind_in(folder) == "clip":
         check_clip(folder, address, is_complete=is_complete)
-        read_temperature(read_config(folder / "config.json"), address)
+        read_temperature(clip_config(folder), address)
     else:
         check_classifier(folder, address, is_complete=is_complete)
 

@@ -20,7 +20,7 @@ from engine.models.artefact_documents import malformed, unreadable
 from engine.models.classifier import Classifier
 from engine.models.classifier_checks import read_temperature
 from engine.models.clip import Clip, ImageEncoder, load_image_encoder
-from engine.models.configurations import NEIGHBOURS_DOCUMENT, read_config
+from engine.models.configurations import NEIGHBOURS_DOCUMENT
 from engine.models.digests import oracle_digest
 from engine.models.kernels import full_float32
 from engine.models.neighbour_documents import (
@@ -31,6 +31,7 @@ from engine.models.neighbour_documents import (
     find_neighbours,
     read_neighbours,
 )
+from engine.models.open_clip_checks import clip_config
 from engine.models.oracle_kinds import kind_in
 from engine.models.programs import is_program
 from engine.models.untrusted_files import read_whole
@@ -146,7 +147,7 @@ def _zero_shot(address: str, device: str, labels: Sequence[str]) -> EmbeddingOra
     the bias does not change.
     The temperature is the field `temperature` of its config.json, 1 without it.
     """
-    temperature = read_temperature(read_config(resolve(address) / "config.json"), address)
+    temperature = read_temperature(clip_config(resolve(address)), address)
     clip = Clip.load(address, device)
     prompts = unit_features(clip.text_embeds([class_prompt(label) for label in labels])).to(device)
     scale, bias = clip.logit_scale, clip.logit_bias
