@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoTokenizer
@@ -18,8 +19,11 @@ from engine.models.clip import Clip, SigLip, load_image_encoder
 from engine.models.job_checks import check_addresses
 from engine.models.oracle_kinds import oracle_kind
 from engine.models.oracles import load_oracle
+from engine.studies.evaluate.extractors import choose_extractor
 from tests.embedding_cases import TOKENS, save_dino, save_siglip
 from tests.model_cases import NAMES, as_tensor, job_of, photographs
+from tests.oracle_cases import made_neighbours
+from tests.prepare_cases import drawn_digits, write_folder
 
 IMAGES = photographs((32, 32), (40, 48), (64, 50))
 PROMPTS = [class_prompt(name) for name in NAMES]
@@ -93,6 +97,29 @@ def test_dino_is_a_feature_space(models: dict[str, str], tmp_path: Path) -> None
     assert torch.autograd.grad(encoder.embeds_of_tensor(image)[0, 0], image)[0].abs().max() > 0
     with pytest.raises(JobError, match=r"models\.clip: .* of type 'dinov2'; a CLIP model is needed"):
         check_addresses(job_of(clip=models["dino"]))
+
+
+def test_neighbours_by_dino_are_an_oracle(models: dict[str, str], tmp_path: Path) -> None:
+    """Made by `prepare` and loaded as a worker does: features of the artefact are those of the encoder, and an image
+    that is among them votes for its class."""
+    drawn = drawn_digits(40)
+    artefact = made_neighbours(write_folder(tmp_path / "data", drawn), models["dino"], tmp_path / "made").path
+    check_addresses(job_of(oracle=str(artefact)))
+    oracle = load_oracle(str(artefact), "cpu", NAMES)
+    images, labels = [image for image, _ in drawn], torch.tensor([label for _, label in drawn])
+    assert oracle.labels == NAMES and (oracle.score(images).argmax(1) == labels).float().mean() > 0.5
+
+
+def test_dino_is_a_feature_space_of_evaluations(models: dict[str, str]) -> None:
+    """Its embeddings at length sqrt(d); an address that is none is refused by the option's name."""
+    clip = Clip.load(models["siglip"])
+    extractor = choose_extractor(models["dino"], clip, None, "cpu")
+    embeds = load_image_encoder(models["dino"]).image_embeds(IMAGES)
+    expected = torch.nn.functional.normalize(embeds, dim=1) * 4.0
+    torch.testing.assert_close(torch.from_numpy(extractor.features(IMAGES, np.zeros((3, 16)))), expected, **CLOSE)
+    assert extractor.name == models["dino"]
+    with pytest.raises(JobError, match=r"^--features: "):
+        choose_extractor(models["dino-head"], clip, None, "cpu")
 
 
 def test_dino_with_a_head_is_target_and_oracle(models: dict[str, str]) -> None:

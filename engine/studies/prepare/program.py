@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from engine.data.images import ImageSource, open_images
 from engine.driver.executors.base import Executor
