@@ -145,7 +145,10 @@ OnlyOption = Annotated[
 ]
 EncoderOption = Annotated[
     str | None,
-    typer.Option(metavar="ADDRESS", help="CLIP model of --only neighbours: zoo:NAME/PART, a folder or a hub id."),
+    typer.Option(
+        metavar="ADDRESS",
+        help="CLIP, SigLIP or DINOv2 model of --only neighbours: zoo:NAME/PART, a folder or a hub id.",
+    ),
 ]
 
 

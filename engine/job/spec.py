@@ -72,7 +72,7 @@ class ModelsSpec(Spec):
     """Addresses of the models: `zoo:NAME/PART`, a folder, or a hub id; of classifiers also a file or a factory."""
 
     diffusion: Address = Field(description="Stable Diffusion pipeline that samples.")
-    clip: Address = Field(description="CLIP model that measures conformity.")
+    clip: Address = Field(description="CLIP or SigLIP model that measures conformity.")
     target: Address = Field(
         description="Image classifier that is guided on and scored; this, `transfer` and `oracle` may also be a file of"
         " TorchScript or torch.export, or `package.module:factory`, which runs that code. A list is an ensemble:"
