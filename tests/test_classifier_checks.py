@@ -33,7 +33,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "regression": ({"problem_type": "regression"}, "problem_type: 'regression' is not a classification"),
     "unknown head": ({"problem_type": "ranking"}, "problem_type: 'ranking' is not a classification"),
     "single logit": (labels(["digit"]), r"id2label in config\.json has one class: a head with a single logit"),
-    "single logit by number": ({"num_labels": 1}, "num_labels: a head with a single logit z has no second class"),
+    "single logit by number": ({"num_labels": 1}, "num_labels: 1, but id2label has 10 classes"),
     "default names": (labels([f"LABEL_{one}" for one in range(10)]), "class 0 is called 'LABEL_0', a number"),
     "a default name among others": (labels([*NAMES[:9], "LABEL_9"]), "class 9 is called 'LABEL_9'"),
     "numbered classes": (labels([f"class_{one}" for one in range(10)]), "class 0 is called 'class_0'"),

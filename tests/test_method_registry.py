@@ -19,7 +19,7 @@ from engine.data.run.shards import read_shard
 from engine.job.spec import GuidanceSpec
 from engine.methods.boundary.spec import BoundaryGuidanceSpec
 from engine.methods.parameters import MethodParameters
-from engine.methods.registry import METHODS, USER_CODE, Method, find_method, method_of
+from engine.methods.registry import CRITERIA, METHODS, USER_CODE, Method, find_method, method_of
 from engine.methods.risky.spec import RiskyGuidanceSpec
 from tests import commands
 from tests.conftest import REPOSITORY
@@ -133,8 +133,8 @@ def write_job(folder: Path, **changes: Any) -> None:
 def test_the_schema_knows_an_added_method(copy: Path) -> None:
     schema = json.loads(riskforge("schema", folder=copy))
     method = schema["$defs"]["RequestSpec"]["properties"]["method"]
-    assert method["anyOf"][0]["enum"] == ["prompt", "boundary", "risky", "bright"]
-    assert "RiskyDiff guidance, guidance to a brightness, or `package.module:factory`" in method["description"]
+    assert method["anyOf"][0]["enum"] == ["prompt", "boundary", "risky", "bright", *CRITERIA]
+    assert "RiskyDiff guidance, guidance to a brightness, guidance to uncertainty" in method["description"]
     assert list(schema["$defs"]["GuidanceSpec"]["properties"]) == ["boundary", "risky", "bright", "custom", "ensemble"]
     assert schema["$defs"]["BrightGuidanceSpec"]["properties"]["level"]["maximum"] == 1
 
@@ -148,7 +148,7 @@ def test_the_schema_knows_an_added_method(copy: Path) -> None:
             {"requests": [REQUEST | {"classes": None, "boundary": ["three", "eight"]}]},
             "requests.0.boundary: method 'bright' makes samples of single classes; give `classes`",
         ),
-        ({"requests": [REQUEST | {"method": "brigth"}]}, "is not one of prompt, boundary, risky, bright; did you mean"),
+        ({"requests": [REQUEST | {"method": "brigth"}]}, "is not one of prompt, boundary, risky, bright, entropy,"),
     ],
 )
 def test_a_job_with_an_added_method_is_checked_like_any_other(copy: Path, change: dict, message: str) -> None:

@@ -312,7 +312,7 @@ def test_a_single_logit_of_a_file_is_refused_with_its_remedy(tmp_path: Path) -> 
         net = torch.nn.Sequential(torch.nn.Flatten(), *layers).eval()
         torch.jit.trace(net, torch.zeros(2, 3, 8, 8)).save(str(path))
         Path(f"{path}.json").write_text(json.dumps(SETTINGS | {"labels": ["cat", "dog"], "image_size": 8}))
-        with pytest.raises(JobError, match=r"a single logit z of two classes is the pair of logits \[0, z\]"):
+        with pytest.raises(JobError, match=r'two classes, which is the pair of logits \[0, z\]: set "output": "logit"'):
             open_program(str(path), "cpu")
 
 

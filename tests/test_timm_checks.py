@@ -176,7 +176,7 @@ def test_values_of_a_wrong_kind_are_refused_or_read(tmp_path: Path) -> None:
 
 def test_a_single_logit_without_names_is_refused_with_its_remedy(tmp_path: Path) -> None:
     saved(tmp_path / "net", "test_resnet", {"num_classes": 1}, model_config={})
-    with pytest.raises(JobError, match=r"num_classes: .*save the network with two logits"):
+    with pytest.raises(JobError, match=r"num_classes: .*read as the two logits \[0, z\] once both classes have a name"):
         check_classifier(tmp_path / "net", "x")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import textwrap
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from engine.job.spec import JobSpec
     from engine.methods.conditioning.predictor_evaluation import PredictorQuality
     from engine.methods.temperature import TemperatureFit
+    from engine.models.path_comparison import PathDifference
     from engine.studies.prepare.program import Prepared
 
 MAX_LINE_CHARS = 100
@@ -59,6 +61,14 @@ def plan(
     price_per_hour: Annotated[
         float | None, typer.Option(metavar="X", min=0, help="Price of one device-hour; requires --calibrate.")
     ] = None,
+    compares: Annotated[
+        bool,
+        typer.Option(
+            "--compare-paths",
+            help="Load every target, and compare its probabilities for eight images as guidance sees them (tensors) and"
+            " as they are scored (8-bit images).",
+        ),
+    ] = False,
     date: DateOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -69,7 +79,7 @@ def plan(
         raise JobError("--price-per-hour: requires measured hours; add --calibrate")
     spec = load_job(job, set_, date=date)
     if validate:
-        _validate(job, spec, as_json)
+        _validate(job, spec, as_json, compares=compares)
         return
     from engine.driver.checks import plan_job
     from engine.driver.cost import job_cost
@@ -78,6 +88,7 @@ def plan(
         planned = plan_job(spec, make_display()) if calibrate else plan_job(spec)
         cost = job_cost(spec, planned, _measure(spec, planned) if calibrate else None)
         advice = _advice(spec) if calibrate else None
+        paths = _path_differences(spec) if compares else []
     except KeyboardInterrupt:
         complain("stopped; nothing is stored")
         raise typer.Exit(EXIT_DRAINED) from None
@@ -85,12 +96,13 @@ def plan(
     if as_json:
         fields = _cost_fields(spec, cost, price_per_hour) | {"target": target} | _further_targets(spec)
         fields |= _label_maps(spec) | {"retrain": _described_training(spec)}
-        print_json(fields | ({"guidance_decoder": advice} if advice else {}) | _warnings(spec))
+        print_json(fields | ({"guidance_decoder": advice} if advice else {}) | _warnings(spec, paths))
     else:
         _print_cost(spec, cost, price_per_hour)
         _print_target(spec, target)
+        _print_paths(paths)
         _print_advice(spec, advice, is_counted=calibrate)
-        _print_warnings(spec)
+        _print_warnings(spec, paths)
 
 
 DataOption = Annotated[
@@ -133,7 +145,10 @@ OnlyOption = Annotated[
 ]
 EncoderOption = Annotated[
     str | None,
-    typer.Option(metavar="ADDRESS", help="CLIP model of --only neighbours: zoo:NAME/PART, a folder or a hub id."),
+    typer.Option(
+        metavar="ADDRESS",
+        help="CLIP, SigLIP or DINOv2 model of --only neighbours: zoo:NAME/PART, a folder or a hub id.",
+    ),
 ]
 
 
@@ -227,12 +242,16 @@ def schema() -> None:
     print_json(job_schema())
 
 
-def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
-    """Check everything that can be checked without loading or downloading a model."""
+def _validate(path: Path, job: JobSpec, as_json: bool, *, compares: bool) -> None:
+    """Check everything that can be checked without loading or downloading a model.
+
+    Args:
+        compares: whether to load the targets, and compare their paths.
+    """
     from engine.commands.jobfile import quoting_comments
     from engine.data.run.output_folder import check_output
     from engine.data.stores.opening import open_store
-    from engine.driver.checks import check_hardware, find_start_images
+    from engine.driver.checks import check_hardware, find_images
     from engine.job.plan import resolve_requests
     from engine.models.artefacts import missing_artefacts
     from engine.models.job_checks import check_addresses
@@ -244,16 +263,18 @@ def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
     labels = read_labels(job.models.target)
     if labels is not None:
         with quoting_comments(path):
-            find_start_images(resolve_requests(job, labels), labels)
+            find_images(job, resolve_requests(job, labels), labels)
     missing, target = missing_artefacts(job), _described_target(job)
+    paths = _path_differences(job) if compares else []
     if as_json:
         checked = {"valid": True, "classes_checked": labels is not None, "to_prepare": missing, "target": target}
         fields = checked | _further_targets(job) | _label_maps(job) | {"retrain": _described_training(job)}
-        print_json(fields | _warnings(job))
+        print_json(fields | _warnings(job, paths))
         return
     print(f"{path} is valid")
     _print_target(job, target)
-    _print_warnings(job)
+    _print_paths(paths)
+    _print_warnings(job, paths)
     for line in missing:
         print(f"to prepare before the run: {line}")
     if labels is None:
@@ -263,17 +284,21 @@ def _validate(path: Path, job: JobSpec, as_json: bool) -> None:
 def _described_target(job: JobSpec) -> dict[str, Any]:
     """Address and temperature of the target; no temperature where it is not known yet."""
     from engine.models.calibration import describe_temperature, job_calibration
+    from engine.models.labels import describe_head
 
     calibration, address = job_calibration(job, with_digest=False), job.models.target
     is_missing = job.models.calibration is not None and calibration is None
-    return {"address": address} | ({} if is_missing else describe_temperature(address, calibration))
+    temperature = {} if is_missing else describe_temperature(address, calibration)
+    return {"address": address} | temperature | describe_head(address)
 
 
 def _further_targets(job: JobSpec) -> dict[str, Any]:
     """Address and temperature of each further target; nothing where there is none."""
     from engine.models.calibration import describe_temperature
+    from engine.models.labels import describe_head
 
-    targets = [{"address": one} | describe_temperature(one, None) for one in job.models.further_targets]
+    further = job.models.further_targets
+    targets = [{"address": one} | describe_temperature(one, None) | describe_head(one) for one in further]
     return {"further_targets": targets} if targets else {}
 
 
@@ -294,6 +319,8 @@ def _print_target(job: JobSpec, target: dict[str, Any]) -> None:
         text = f"that of {job.models.calibration}, which is not there yet (riskforge prepare makes it)"
     if text:
         print(f"temperature of the target: {text}")
+    for line in _head_lines(job):
+        print(line)
     for number, one in enumerate(_further_targets(job).get("further_targets", ())):
         own = temperature_text(one)
         print(f"target {number + 2}: {one['address']} guides too" + (f"; its temperature: {own}" if own else ""))
@@ -305,6 +332,17 @@ def _print_target(job: JobSpec, target: dict[str, Any]) -> None:
         print(line)
     if job.oracle_guides:
         print(f"guidance differentiates the oracle {job.models.all_oracles[-1]} too; acceptance does not ask it")
+
+
+def _head_lines(job: JobSpec) -> list[str]:
+    """What is done with the heads of classifiers that have one logit."""
+    from engine.models.labels import describe_head
+    from engine.models.oracle_kinds import oracle_kind
+
+    models = job.models
+    oracles = [one for one in models.all_oracles if oracle_kind(one) == "classifier"]
+    heads = {one: describe_head(one) for one in (*models.targets, *models.transfer, *oracles)}
+    return [f"{address}: {text}" for address, head in heads.items() for text in head.values()]
 
 
 def _label_maps(job: JobSpec) -> dict[str, list[str]]:
@@ -321,16 +359,47 @@ def _label_map_lines(job: JobSpec) -> list[str]:
     return [] if labels is None else label_map_lines(job.models, labels)
 
 
-def _warnings(job: JobSpec) -> dict[str, list[str]]:
-    """What a job asks for that is of no use; nothing where there is none."""
+def _path_differences(job: JobSpec) -> list[PathDifference]:
+    """How much the two paths of each target differ, at the size of the job's images.
+
+    Raises:
+        JobError: a model cannot be located, downloaded or loaded.
+    """
+    from engine.models.addresses import resolve
+    from engine.models.classifier import Classifier
+    from engine.models.library_logging import quiet_libraries
+    from engine.models.path_comparison import compare_paths
+    from engine.models.pipelines.lookup import family_of
+
+    quiet_libraries()
+    pipeline = resolve(job.models.diffusion)
+    height, width = family_of(pipeline, job.models.diffusion).image_size(pipeline)
+    return [compare_paths(Classifier.load(address), height, width) for address in job.models.targets]
+
+
+def _print_paths(paths: Sequence[PathDifference]) -> None:
+    for path in paths:
+        if not path.is_large:
+            print(path.line)
+
+
+def _warnings(job: JobSpec, paths: Sequence[PathDifference]) -> dict[str, Any]:
+    """What a job asks for that is of no use, and how far the paths of its targets differ; nothing where there is none.
+
+    Args:
+        paths: of its targets, where they were compared.
+    """
+    import dataclasses
+
     from engine.models.artefacts import artefact_warnings
 
-    lines = artefact_warnings(job)
-    return {"warnings": lines} if lines else {}
+    lines = artefact_warnings(job) + [path.warning for path in paths if path.is_large]
+    compared = {"paths": [dataclasses.asdict(path) for path in paths]} if paths else {}
+    return compared | ({"warnings": lines} if lines else {})
 
 
-def _print_warnings(job: JobSpec) -> None:
-    for line in _warnings(job).get("warnings", [])[:MAX_LISTED]:
+def _print_warnings(job: JobSpec, paths: Sequence[PathDifference]) -> None:
+    for line in _warnings(job, paths).get("warnings", [])[:MAX_LISTED]:
         warn(line)
 
 

@@ -159,8 +159,12 @@ ClipOption = Annotated[
     str | None, typer.Option(metavar="ADDRESS", help="CLIP model that embeds the images. Default: the job's.")
 ]
 FeaturesOption = Annotated[
-    Literal["auto", "clip", "inception"],
-    typer.Option(help="Feature space of distances; auto uses Inception if its weights are on this machine."),
+    str,
+    typer.Option(
+        metavar="KIND",
+        help="Feature space of distances: clip, inception, auto (Inception if its weights are on this machine), or the"
+        " address of a DINOv2, SigLIP or CLIP model.",
+    ),
 ]
 InceptionOption = Annotated[
     str | None,

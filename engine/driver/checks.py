@@ -23,7 +23,7 @@ from engine.models.digests import model_digests
 from engine.models.hardware import hardware_problems
 from engine.models.job_checks import check_addresses
 from engine.models.job_label_maps import label_map_identity
-from engine.models.labels import target_labels
+from engine.models.labels import describe_head, target_labels
 from engine.models.licences import licence_of
 from engine.models.training_lineage import training_of
 from engine.models.validity import Validity, job_validity
@@ -98,9 +98,10 @@ def _image_digests(
     """
     if missing := missing_artefacts(job):
         raise JobError(missing)
-    digests: dict[str, dict[str, str]] = {"conditioning": {}, "starts": {}}
-    if not any(request.conditioning or request.used_start for request in job.requests):
+    digests: dict[str, dict[str, str]] = {"conditioning": {}, "starts": {}, "given": {}}
+    if not any(one.conditioning or one.used_start or job.criterion_images(one) for one in job.requests):
         return digests
+    from engine.generation.criterion_images import given_digests
     from engine.generation.given_images import CheckedImages
     from engine.generation.starts import start_digests
 
@@ -109,22 +110,24 @@ def _image_digests(
         from engine.generation.conditioner import conditioning_digests
 
         digests["conditioning"] = conditioning_digests(job, requests, images, display.notice)
-    return digests | {"starts": start_digests(requests, images)}
+    return digests | {"starts": start_digests(requests, images), "given": given_digests(job, requests, images)}
 
 
-def find_start_images(requests: Sequence[RequestPlan], labels: list[str]) -> None:
-    """Look for the images that requests start from, without reading them.
+def find_images(job: JobSpec, requests: Sequence[RequestPlan], labels: list[str]) -> None:
+    """Look for the images that requests start from, and that their criteria see, without reading them.
 
     Raises:
         JobError: there are none of a kind that can be read, a line each.
     """
     problems: list[str] = []
     for request in requests:
-        if start := request.spec.used_start:
+        start, seen = request.spec.used_start, job.criterion_images(request.spec)
+        named = [(start.images, "start.images")] if start else []
+        for address, field in named + ([(seen, "guidance.custom.images")] if seen else []):
             from engine.data.images import open_images
 
             try:
-                open_images(start.images, tuple(labels), f"{request.where}.start.images")
+                open_images(address, tuple(labels), f"{request.where}.{field}")
             except JobError as error:
                 problems += error.problems
     if problems:
@@ -147,6 +150,7 @@ def plan_job(job: JobSpec, display: Display | None = None) -> Plan:
     images = {
         "conditioning": {spec.artefact or spec.images or "": "" for one in job.requests if (spec := one.conditioning)},
         "starts": {start.images: "" for one in job.requests if (start := one.used_start)},
+        "given": {address: "" for one in job.requests if (address := job.criterion_images(one))},
     }
     if display is not None:
         with contextlib.closing(display):
@@ -197,12 +201,14 @@ def describe_models(
         "clip": _describe(models.clip, digests["clip"]),
         "target": _describe(models.target, digests["target"])
         | describe_temperature(models.target, calibration)
+        | describe_head(models.target)
         | {"labels": labels},
     }
     if models.further_targets:
         pairs = zip(models.further_targets, digests["further_targets"], strict=True)
         described["further_targets"] = [
-            _describe(address, digest) | describe_temperature(address, None) for address, digest in pairs
+            _describe(address, digest) | describe_temperature(address, None) | describe_head(address)
+            for address, digest in pairs
         ]
     if models.transfer:
         pairs = zip(models.transfer, digests["transfer"], strict=True)
@@ -217,7 +223,7 @@ def describe_models(
         (described["oracles"][-1] if models.oracles else described["oracle"])["guides"] = True
     if validity is not None:
         described["validity"] = validity.described
-    for role in ("conditioning", "starts", "methods"):
+    for role in ("conditioning", "starts", "given", "methods"):
         if used := digests.get(role):
             described[role] = [{"address": address, "digest": digest} for address, digest in used.items()]
     return described

@@ -16,6 +16,7 @@ from engine.errors import JobError
 from engine.generation.batches import BatchLoop
 from engine.generation.batching import Batches, BatchSizes, useful_size
 from engine.generation.conditioner import Conditioner, open_conditioner
+from engine.generation.criterion_images import CriterionImages
 from engine.generation.decoder_precision import TRIAL_SAMPLES, DecoderPrecisions, Subject
 from engine.generation.faults import is_fault_of_machine, is_of_size, may_pass
 from engine.generation.given_images import Reader, read_for
@@ -71,6 +72,7 @@ class Generator:
         self._start_sets = StartSets(plan)
         self._starts: dict[int, StartImages] = {}
         self._guides = RequestGuides(job, plan, self._scorer, device)
+        self._criterion_images = CriterionImages(job, plan, self._scorer.clip, device)
         decoder = job.models.guidance_decoder
         self._guidance_decoder = GuidanceDecoder.load(decoder, self._hardware) if decoder else None
         self._precisions = DecoderPrecisions(self._hardware, self.notices)
@@ -148,7 +150,8 @@ class Generator:
         self._open_images(plan)
         _, height, width = self._model(request).latent_shape
         self._sizes.of(request).bound(useful_size(height * width))
-        self._guides.prepare(plan, self._model(request).image_shape, self._decoding(request))
+        given = self._criterion_images.of(plan)
+        self._guides.prepare(plan, self._model(request).image_shape, self._decoding(request), given)
         # At strength 0 there is no step to be guided.
         if plan.spec.method_record.is_guided and (plan.spec.start is None or plan.spec.start.strength > 0):
             decoder, shape = self._decoder(request), self._model(request).latent_shape
@@ -157,8 +160,9 @@ class Generator:
         self._prepared.add(request)
 
     def _open_images(self, plan: RequestPlan) -> None:
-        """What samples of a request are conditioned on and start from; images that are both are read once."""
+        """What samples of a request are conditioned on, start from and see; images that are several are read once."""
         readers: list[Reader] = []
+        self._criterion_images.read(plan, readers.append)
         if plan.spec.conditioning is not None:
             self._conditioners[plan.number] = self._conditioner(plan, readers.append)
         size = Size(*self._model(plan.number).image_shape[1:])
@@ -255,7 +259,7 @@ class Generator:
             specs: filled up to the rows that score.
         """
         model, spec = self._model(request), self._job.requests[request]
-        if spec.method_record.is_user_code:
+        if spec.method_record.has_criterion:
             # What it computes for a row is not known to depend on that row alone.
             return len(specs), None
         parameters, hardware = self._job.parameters_of(spec), self._hardware

@@ -1,4 +1,4 @@
-"""The guidance of a job's requests: guides that are built in or bound to the user's own criterion, around batches.
+"""The guidance of a job's requests: guides that are whole methods or bound to a criterion, around batches.
 
 Legend: B samples, C channels, H x W size.
 """
@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from engine.errors import JobError
+from engine.generation.scene_scorers import scene_classifier, scene_encoder
 from engine.generation.scorer import Scorer
 from engine.job.plan import Plan, RequestPlan
 from engine.job.spec import JobSpec
 from engine.methods.custom.criterion import NOT_REPRODUCIBLE, Criterion, criterion_problem, same_values
 from engine.methods.guidance.guided import ConditionalDenoiser, GuidedDenoiser
-from engine.methods.guidance.scene import Decoding, GuidanceScene, Scene
+from engine.methods.guidance.scene import Decoding, GivenFeatures, GuidanceScene, Scene, SceneScorer
 from engine.methods.parameters import Ensemble
 from engine.models.custom_methods import factory_arguments, load_method, method_digest
 from engine.models.factories import reason_of
+from engine.models.oracles import Oracle
 from engine.models.randomness import watched
 
 
@@ -41,18 +43,28 @@ class RequestGuides:
         self._scorer = scorer
         self._device = device
         self._criteria: dict[int, WatchedCriterion] = {}
+        self._given: dict[int, GivenFeatures] = {}
 
-    def prepare(self, request: RequestPlan, image_shape: tuple[int, int, int], decoding: Decoding) -> None:
-        """Load a request's criterion of the user's own and try it on two images; other methods need no preparation.
+    def prepare(
+        self,
+        request: RequestPlan,
+        image_shape: tuple[int, int, int],
+        decoding: Decoding,
+        given: GivenFeatures | None = None,
+    ) -> None:
+        """Load a request's criterion and try it on two images; other methods need no preparation.
 
         Args:
             image_shape: channels, height and width of an image.
             decoding: as `guided`.
+            given: the images of the request that its criterion sees; None without them.
 
         Raises:
             JobError: the criterion cannot be loaded, fails the trial, or is not the one of the plan.
         """
-        if request.spec.method_record.is_user_code:
+        if request.spec.method_record.has_criterion:
+            if given is not None:
+                self._given[request.number] = given
             self._criteria[request.number] = self.criterion(request, image_shape, decoding)
 
     def guided(
@@ -67,7 +79,7 @@ class RequestGuides:
         """The denoiser with the guidance of a request around it; None for a method without guidance.
 
         Args:
-            request: number of the request, prepared if its method is the user's own.
+            request: number of the request, prepared if its method is a criterion.
             classes: of each sample of the batch, its class or its subset.
             decoding: of predicted latents.
             row_multiple: as in `GuidanceScene`.
@@ -78,9 +90,10 @@ class RequestGuides:
         if not method.is_guided:
             return None
         guide = method.load_guide()
-        if method.is_user_code:
-            guide = functools.partial(guide, self._criteria[request])
         scene = self.scene(classes, decoding, ensemble or self._job.guidance_of(spec).ensemble)
+        if method.has_criterion:
+            guide = functools.partial(guide, self._criteria[request])
+            scene = dataclasses.replace(scene, scorers=self._scorers(), given=self._given.get(request))
         scene = dataclasses.replace(scene, row_multiple=row_multiple)
         return guide(denoiser, self._job.parameters_of(spec), scene)
 
@@ -101,19 +114,27 @@ class RequestGuides:
             oracle_logits=None if oracle is None else oracle.logits,
         )
 
+    def _scorers(self) -> dict[str, SceneScorer]:
+        """The models that a criterion may ask: those that guide, and none that is to be evidence."""
+        classifiers: dict[str, Oracle | None] = {"target": self._scorer.target}
+        classifiers |= {f"target.{place}": model for place, model in enumerate(self._scorer.further_targets, 1)}
+        classifiers["oracle"] = self._scorer.guiding_oracle
+        scorers = {name: scene_classifier(model, self._device) for name, model in classifiers.items() if model}
+        return scorers | {"clip": scene_encoder(self._scorer.clip, self._device)}
+
     def _conformity(self, images: Tensor, labels: Tensor, *, raw: bool) -> Tensor:
         return self._scorer.conformity_to(labels, raw=raw)(images)
 
     def criterion(
         self, request: RequestPlan, image_shape: tuple[int, int, int], decoding: Decoding
     ) -> WatchedCriterion:
-        """The criterion of a request's own method, tried on two images.
+        """The criterion of a request, tried on two images.
 
         Raises:
             JobError: as `prepare`.
         """
         address, where = request.spec.method, f"{request.where}.method"
-        planned = self._plan.identity["requests"][request.number]["method_digest"]
+        planned = self._plan.identity["requests"][request.number].get("method_digest")
         # A plan that only counts shards knows no digests.
         if planned and method_digest(address) != planned:
             raise JobError(
@@ -123,6 +144,7 @@ class RequestGuides:
         arguments = factory_arguments(self._job, request.spec)
         criteria = [load_method(address, arguments) for _ in range(2)]
         name, scene = f"{where}: the criterion of '{address}'", self.scene([request.cells[0].classes] * 2, decoding)
+        scene = dataclasses.replace(scene, scorers=self._scorers(), given=self._given.get(request.number))
         _try_criteria(criteria, scene, image_shape, name)
         return WatchedCriterion(criteria[0], name)
 

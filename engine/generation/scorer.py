@@ -77,6 +77,11 @@ class Scorer:
         """The oracle that is a floor of guidance; None without one."""
         return self._oracles.guiding
 
+    @property
+    def clip(self) -> Clip:
+        """The CLIP model that measures conformity."""
+        return self._clip
+
     def preprocess(self, images: Sequence[PIL.Image.Image]) -> ScorerInputs:
         """What the models take for 8-bit images; work for the CPU alone, on any thread."""
         return ScorerInputs(

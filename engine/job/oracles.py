@@ -10,8 +10,8 @@ from engine.job.spec import GuidanceSpec, ModelsSpec, RequestSpec
 from engine.job.spec_messages import Location, Problem, shown
 
 _ORACLES: Location = ("models", "oracles")
-# The parameter of a method that lets the last oracle guide.
-_FLOOR = "oracle_floor"
+# The parameters of methods that let the last oracle guide: as a floor, or as part of a criterion.
+_FLOOR, _SEEN = "oracle_floor", "with_oracle"
 _COLUMNS = {column.name for column in RECORD_COLUMNS if column.measured_by == "oracle"}
 # What conditions call the verdict of the oracles that guide nothing.
 _VERDICTS = {
@@ -50,18 +50,20 @@ def oracle_problems(raw: dict[str, Any]) -> list[Problem]:
 
 
 def floor_of(request: RequestSpec, guidance: GuidanceSpec, where: Location) -> list[Location]:
-    """Where a job has the floor by which its last oracle guides a request; nothing where it does not.
+    """Where a job has the parameter by which its last oracle guides a request; nothing where it does not guide.
 
     Args:
         guidance: the job's with the overrides of the request.
         where: of the request.
     """
     method = request.method_record
-    if not guidance.of(method).sees_oracle:
+    parameters = guidance.of(method)
+    if not parameters.sees_oracle:
         return []
+    field = _SEEN if hasattr(parameters, _SEEN) else _FLOOR
     own = request.guidance.get(method.name)
-    inside = where if isinstance(own, dict) and _FLOOR in own else ()
-    return [(*inside, "guidance", method.name, _FLOOR)]
+    inside = where if isinstance(own, dict) and field in own else ()
+    return [(*inside, "guidance", method.name, field)]
 
 
 def idle_floor(request: RequestSpec, guidance: GuidanceSpec, where: Location) -> list[Problem]:
@@ -81,7 +83,7 @@ def idle_floor(request: RequestSpec, guidance: GuidanceSpec, where: Location) ->
 def floor_problems(
     raw: dict[str, Any], floors: Sequence[Location], asked: Sequence[tuple[Location, str]]
 ) -> list[Problem]:
-    """Floors without an oracle, and conditions that ask the only oracle although it guides.
+    """Floors and criteria without the oracle that they need; conditions that ask the only oracle although it guides.
 
     Args:
         floors: from `floor_of`, of all requests.
@@ -91,8 +93,9 @@ def floor_problems(
     if not floors or not isinstance(models, dict):
         return []
     if not has_oracle(models):
-        text = "there is no oracle whose probability it could bound; name one in models.oracle, or leave it out"
-        return [(floor, text) for floor in floors]
+        uses = {_FLOOR: "whose probability it could bound", _SEEN: "that the criterion could see"}
+        text = "there is no oracle {}; name one in models.oracle, or leave it out"
+        return [(floor, text.format(uses[str(floor[-1])])) for floor in floors]
     if isinstance(models.get("oracles"), list | tuple) and len(models["oracles"]) > 1:
         return []
     text = (

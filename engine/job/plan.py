@@ -37,7 +37,7 @@ TEMPERATURE = "temperature"
 # There too: the estimate of the share of people who agree with a label, where the job names one.
 VALIDITY = "validity"
 # Digests that an identity has in each request, not in `models`.
-_BY_REQUEST = ("diffusion", "conditioning", "starts", "methods")
+_BY_REQUEST = ("diffusion", "conditioning", "starts", "given", "methods")
 # In place of the number of a class: all classes of the request, in turn.
 EVERY_CELL = -1
 
@@ -382,11 +382,11 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
 
     Args:
         digests: `{"diffusion": {address: digest}, "clip": digest, "target": digest, "transfer": [digest],
-            "oracle": digest, "conditioning": {address: digest}, "starts": {address: digest}, "methods": {address:
-            digest}}`, and `"judge"` and `"guidance_decoder"` with a digest where there is one, `"further_targets":
-            [digest]` and `"oracles": [digest]` where there are some, `"safety_checker": "off"` where it is off,
-            `"temperature"` where the target has not its own, `"validity": {"digest", "intercept", "weights"}` where
-            the job names an estimate of the share of people who agree.
+            "oracle": digest, "conditioning": {address: digest}, "starts": {address: digest}, "given": {address:
+            digest}, "methods": {address: digest}}`, and `"judge"` and `"guidance_decoder"` with a digest where there
+            is one, `"further_targets": [digest]` and `"oracles": [digest]` where there are some, `"safety_checker":
+            "off"` where it is off, `"temperature"` where the target has not its own, `"validity": {"digest",
+            "intercept", "weights"}` where the job names an estimate of the share of people who agree.
     """
     return {
         "schema_version": IDENTITY_VERSION,
@@ -466,6 +466,7 @@ def _request_identity(job: JobSpec, plan: RequestPlan, digests: dict[str, Any]) 
         | _conditioning(request, digests.get("conditioning", {}))
         | _start(request, digests.get("starts", {}))
         | ({"twin": True} if request.twin else {})
+        | _given_images(job, request, digests.get("given", {}))
         | _method_digest(request, digests.get("methods", {}))
         | ({"quota": True} if request.has_quota else {})
         | ({"fresh": request.fresh} if request.fresh else {})
@@ -481,6 +482,12 @@ def _ensemble(job: JobSpec, request: RequestSpec) -> dict[str, str]:
 def _method_digest(request: RequestSpec, digests: dict[str, str]) -> dict[str, str]:
     """The digest of the user's own method; no key for a built-in one."""
     return {"method_digest": digests.get(request.method, "")} if request.method_record.is_user_code else {}
+
+
+def _given_images(job: JobSpec, request: RequestSpec, digests: dict[str, str]) -> dict[str, str]:
+    """The digest of the images that a request's criterion sees; no key where it sees none."""
+    address = job.criterion_images(request)
+    return {"given_images": digests.get(address, "")} if address else {}
 
 
 def _sampling(job: JobSpec, request: RequestSpec) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from engine.job.label_maps import checked_maps
 from engine.job.resources import ResourcesSpec
 from engine.methods.fields import Context, Number, Plains, Spec, Text
 from engine.methods.parameters import Ensemble, MethodParameters
-from engine.methods.registry import BUILT_IN, METHODS, USER_CODE, Method, method_of
+from engine.methods.registry import BUILT_IN, CRITERIA, METHODS, USER_CODE, Method, method_of
 from engine.methods.sampling.spec import SamplingSpec, steps_of
 
 MAX_SEED = 2**53
@@ -72,7 +72,7 @@ class ModelsSpec(Spec):
     """Addresses of the models: `zoo:NAME/PART`, a folder, or a hub id; of classifiers also a file or a factory."""
 
     diffusion: Address = Field(description="Stable Diffusion pipeline that samples.")
-    clip: Address = Field(description="CLIP model that measures conformity.")
+    clip: Address = Field(description="CLIP or SigLIP model that measures conformity.")
     target: Address = Field(
         description="Image classifier that is guided on and scored; this, `transfer` and `oracle` may also be a file of"
         " TorchScript or torch.export, or `package.module:factory`, which runs that code. A list is an ensemble:"
@@ -228,7 +228,8 @@ def _without(fields: dict[str, Any], name: str, *, when: bool) -> dict[str, Any]
 def _section(method: Method) -> tuple[Any, Any]:
     """Type and field of a method's section of `guidance`."""
     spec = method.load_spec()
-    names = "a method of your own, `package.module:factory`" if method.is_user_code else f"method `{method.name}`"
+    own = f"methods {', '.join(f'`{name}`' for name in CRITERIA)}, and one of your own, `package.module:factory`"
+    names = own if method.is_user_code else f"method `{method.name}`"
     return spec, Field(default=spec(), description=f"For {names}.")
 
 
@@ -522,6 +523,11 @@ class JobSpec(Spec):
     def independent_oracles(self) -> tuple[str, ...]:
         """The oracles that guide nothing, in their order."""
         return self.models.all_oracles[: -1 if self.oracle_guides else None]
+
+    def criterion_images(self, request: RequestSpec) -> str:
+        """The address of the images that the request's criterion sees; empty where it sees none."""
+        images = getattr(self.parameters_of(request), "images", None)
+        return images or "" if request.method_record.sees_images else ""
 
     def parameters_of(self, request: RequestSpec) -> MethodParameters:
         """The parameters of the request's own method, with its overrides."""

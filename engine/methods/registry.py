@@ -7,6 +7,7 @@ sample is made.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from engine.methods.custom.criterion import Criterion
     from engine.methods.guidance.guided import GuidedDenoiser
     from engine.methods.parameters import MethodParameters
 
@@ -26,7 +28,7 @@ class Method:
     """A method of making samples.
 
     Attributes:
-        name: value of `method` in a request, and key of its section of `guidance`.
+        name: value of `method` in a request, and key of its section of `guidance`; see `criterion`.
         title: in the description of `method` in the schema of jobs.
         caption: in the data card, after the method's name.
         spec: `module:class` of its parameters, a `MethodParameters`; empty for a method without guidance.
@@ -36,7 +38,10 @@ class Method:
             conformity circular.
         extremes: the score whose highest and lowest samples `evaluate` shows; None shows none.
         is_user_code: whether `method` is the address `package.module:factory` of a criterion of the user's own in
-            place of `name`. Its guide takes the criterion before the other arguments.
+            place of `name`.
+        criterion: `module:function` of the factory of a criterion that is built in; `method` is then its own name, and
+            `name` that of its section.
+        sees_images: whether it is of use to have images in its section (`guidance.custom.images`).
     """
 
     name: str
@@ -48,6 +53,13 @@ class Method:
     measures_conformity: bool = False
     extremes: Literal["kldb", "risk"] | None = None
     is_user_code: bool = False
+    criterion: str = ""
+    sees_images: bool = False
+
+    @property
+    def has_criterion(self) -> bool:
+        """Whether it descends a criterion of its own, which its guide takes before the other arguments."""
+        return self.is_user_code or bool(self.criterion)
 
     @property
     def is_guided(self) -> bool:
@@ -58,6 +70,11 @@ class Method:
         """Import the class of its parameters; of a guided method."""
         spec: type[MethodParameters] = _load(self.spec)
         return spec
+
+    def load_criterion(self) -> Callable[..., Criterion]:
+        """Import the factory of its criterion, without torch; of a criterion that is built in."""
+        factory: Callable[..., Criterion] = _load(self.criterion)
+        return factory
 
     def load_guide(self) -> Callable[..., GuidedDenoiser]:
         """Import its guide (`engine.methods.guidance.guided.Guide`), and torch; of a guided method."""
@@ -94,12 +111,45 @@ METHODS = (
         guide="engine.methods.custom.guide:guide_by_criterion",
         measures_conformity=True,
         is_user_code=True,
+        sees_images=True,
     ),
 )
-
-BUILT_IN = {method.name: method for method in METHODS if not method.is_user_code}
-UNGUIDED = next(method for method in METHODS if not method.is_guided)
 USER_CODE = next(method for method in METHODS if method.is_user_code)
+
+
+def _criterion(name: str, title: str, caption: str, *, sees_images: bool = False) -> Method:
+    """A criterion that is built in: it shares the section of the user's own ones. What sees images compares by CLIP."""
+    return dataclasses.replace(
+        USER_CODE,
+        title=title,
+        caption=caption,
+        criterion=f"engine.methods.custom.criteria:{name}",
+        is_user_code=False,
+        measures_conformity=sees_images,
+        sees_images=sees_images,
+    )
+
+
+# By the value of `method` in a request; none has a section of its own.
+CRITERIA = {
+    "entropy": _criterion("entropy", "guidance to uncertainty", "guided to a high entropy of the target's prediction"),
+    "margin": _criterion(
+        "margin",
+        "guidance to a small margin",
+        "guided to a small lead of the target's likeliest class over the second",
+    ),
+    "disagreement": _criterion(
+        "disagreement", "guidance to disagreement", "guided to different predictions of two classifiers"
+    ),
+    "feature": _criterion(
+        "feature",
+        "guidance to given images",
+        "guided by the CLIP embeddings of given images",
+        sees_images=True,
+    ),
+}
+BUILT_IN = {method.name: method for method in METHODS if not method.is_user_code} | CRITERIA
+UNGUIDED = next(method for method in METHODS if not method.is_guided)
 
 
 def find_method(name: object) -> Method | None:

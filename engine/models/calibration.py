@@ -19,7 +19,7 @@ from engine.models.artefacts import WITH_CALIBRATION, find_artefact
 from engine.models.classifier_checks import read_temperature
 from engine.models.configurations import read_config
 from engine.models.digests import model_digest
-from engine.models.labels import read_labels
+from engine.models.labels import HEAD, read_labels
 from engine.models.program_description import program_temperature
 from engine.models.programs import is_program
 from engine.models.training_lineage import training_text
@@ -28,7 +28,7 @@ FIELD = "models.calibration"
 # In the description of a target, beside its temperature: the artefact that this is of.
 CALIBRATION = "calibration"
 # In the description of a model, what is a sentence of its own.
-NOTED = ("trained_on", TEMPERATURE, CALIBRATION)
+NOTED = ("trained_on", TEMPERATURE, CALIBRATION, HEAD)
 UNCALIBRATED = "1, not calibrated (riskforge prepare fits one)"
 _BOUNDS = {
     "lower": "the target is right on every image that it was fitted on; add images on which it errs",
@@ -200,8 +200,12 @@ def model_notes(described: Mapping[str, Any]) -> list[str]:
     Raises:
         ValueError: its `trained_on` is not that of a model.
     """
-    temperature = temperature_text(described)
-    notes = (training_text(described.get("trained_on")), temperature and f"temperature {temperature}")
+    temperature, head = temperature_text(described), described.get(HEAD)
+    notes = (
+        training_text(described.get("trained_on")),
+        temperature and f"temperature {temperature}",
+        head if isinstance(head, str) else "",
+    )
     return [note for note in notes if note]
 
 

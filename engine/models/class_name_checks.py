@@ -10,8 +10,8 @@ from engine.errors import JobError
 
 # What to do about a head with one output.
 SINGLE_LOGIT = (
-    "a head with a single logit z has no second class to be scored against; save the network with two logits, [0, z]"
-    " for the classes [other, named one]: the same probabilities"
+    "a head with a single logit z is read as the two logits [0, z] once both classes have a name: put a file"
+    " class_names.txt into the folder, with the class of z < 0 in its first line and that of z > 0 in its second"
 )
 _NO_NAME = re.compile(r"(?i:label|class)[ _-]?\d+|n\d{8}")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.errors import JobError
 from engine.models.addresses import resolve
-from engine.models.classifier_checks import check_classifier, class_names, read_temperature
+from engine.models.classifier_checks import check_classifier, class_names, num_logits, read_temperature
 from engine.models.configurations import TIMM_KEY, read_config
 from engine.models.kernels import full_float32
 from engine.models.loading import frozen, load_weights, loading
@@ -20,6 +20,8 @@ from engine.models.preprocessing_steps import Steps
 from engine.models.program_loading import open_program
 from engine.models.program_settings import TargetSettings
 from engine.models.programs import is_program
+from engine.models.timm_checks import timm_count
+from engine.models.two_logits import paired
 
 
 class Classifier:
@@ -62,11 +64,12 @@ class Classifier:
             return cls._load_program(address, device, temperature)
         folder, model = resolve(address), frozen(load_network(address), device)
         own = read_temperature(read_config(folder / "config.json"), address)
+        labels = class_names(folder, address)
         classifier = cls(
-            lambda pixels: model(pixel_values=pixels).logits,
+            lambda pixels: paired(model(pixel_values=pixels).logits, len(labels)),
             Preprocessing.load(folder),
             name=address,
-            labels=class_names(folder, address),
+            labels=labels,
             temperature=own if temperature is None else temperature,
             device=device,
         )
@@ -159,8 +162,21 @@ def load_network(address: str) -> Any:
     check_classifier(folder, address)
     config = read_config(folder / "config.json")
     with loading(address, "a classifier"):
-        options = {"config": _timm_config(config)} if TIMM_KEY in config else {}
+        options = {"config": _timm_config(config)} if TIMM_KEY in config else _binary_config(config)
         return load_weights(AutoModelForImageClassification, folder, **options)
+
+
+def _binary_config(config: dict[str, Any]) -> dict[str, Any]:
+    """transformers' configuration of a network with one logit that is said to be of a single label, as an option.
+
+    transformers 5 refuses this `problem_type`, which decides the loss alone.
+    """
+    if num_logits(config) != 1 or not config.get("problem_type"):
+        return {}
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    plain = {key: value for key, value in config.items() if key != "problem_type"}
+    return {"config": CONFIG_MAPPING[str(config.get("model_type"))].from_dict(plain)}
 
 
 def _timm_config(config: dict[str, Any]) -> Any:
@@ -174,4 +190,7 @@ def _timm_config(config: dict[str, Any]) -> Any:
     arguments = dict(config.get("model_args") or {})
     count = config.get("num_classes", arguments.pop("num_classes", None))
     arguments.pop("num_classes", None)
+    if timm_count(config) == 1:
+        # Two names of one logit, of which transformers would make a head of two.
+        config = {key: value for key, value in config.items() if key not in ("label_names", "label_descriptions")}
     return TimmWrapperConfig.from_dict(config | {"num_classes": count, "model_args": arguments or None})

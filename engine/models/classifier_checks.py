@@ -11,22 +11,28 @@ from typing import Any
 
 from engine.errors import JobError
 from engine.job.plan import MAX_TEMPERATURE, MIN_TEMPERATURE
-from engine.methods.config_values import is_number
+from engine.methods.config_values import is_integer, is_number
 from engine.models.class_name_checks import SINGLE_LOGIT, check_names, in_index_order
+from engine.models.class_name_files import check_count, names_file, read_names
 from engine.models.configurations import TIMM_KEY, need_file, read_config, reading_configuration
 from engine.models.processor_checks import check_processor
 from engine.models.stored_tensors import tensors_of
-from engine.models.timm_checks import check_timm_installed, check_timm_transform, timm_names, timm_problems
+from engine.models.timm_checks import check_timm_installed, check_timm_transform, timm_count, timm_names, timm_problems
 from engine.models.weight_files import check_weights, conversion_line, has_weights
 
 
 def class_names(folder: Path, address: str) -> list[str]:
-    """Class names of a classifier's folder in index order.
+    """Class names of a classifier's folder in index order: of its file for them, else of config.json.
 
     Raises:
-        JobError: config.json has none that can be used in a prompt, or contradicts itself.
+        JobError: there is none that can be used in a prompt, too few or too many, or config.json contradicts itself.
     """
     config = read_config(folder / "config.json")
+    if (file := names_file(folder)) is not None:
+        names = read_names(file)
+        with reading_configuration(address):
+            check_count(names, file, num_logits(config), address)
+        return names
     if TIMM_KEY in config:
         with reading_configuration(address):
             return check_names(timm_names(config, address), f"'{address}': label_names in config.json")
@@ -38,6 +44,26 @@ def class_names(folder: Path, address: str) -> list[str]:
     if not isinstance(labels, dict) or len(labels) < 2:
         raise JobError(f"'{address}': config.json has no `id2label` with two classes or more; is it a classifier?")
     return check_names(in_index_order(labels, where), where)
+
+
+def num_logits(config: dict[str, Any]) -> int | None:
+    """The logits of the network of a configuration, of transformers or timm; None where it does not tell."""
+    if TIMM_KEY in config:
+        return timm_count(config)
+    labels, count = config.get("id2label"), config.get("num_labels")
+    # Without either, transformers makes a head of two.
+    known = len(labels) if isinstance(labels, dict) and labels else count if count is not None else 2
+    return known if is_integer(known) else None
+
+
+def is_binary(folder: Path) -> bool:
+    """Whether the network of a classifier's folder has one logit z, which is read as [0, z].
+
+    Raises:
+        JobError: config.json cannot be read.
+    """
+    with reading_configuration(str(folder)):
+        return num_logits(read_config(folder / "config.json")) == 1
 
 
 def check_classifier(folder: Path, address: str, *, is_complete: bool = True) -> None:
@@ -52,7 +78,8 @@ def check_classifier(folder: Path, address: str, *, is_complete: bool = True) ->
     need_file(folder, "config.json", address, "a transformers or timm model folder")
     with reading_configuration(address):
         config = read_config(folder / "config.json")
-        is_timm, num_classes = TIMM_KEY in config, len(class_names(folder, address))
+        is_timm, names = TIMM_KEY in config, class_names(folder, address)
+        num_rows = 1 if num_logits(config) == 1 else len(names)
         kinds = config.get("architectures") or []
         if kinds and not is_timm and not any("ForImageClassification" in str(kind) for kind in kinds):
             raise JobError(f"'{address}' is a {kinds[0]}; a network for image classification is needed")
@@ -64,7 +91,7 @@ def check_classifier(folder: Path, address: str, *, is_complete: bool = True) ->
             check_timm_transform(config[TIMM_KEY], address)
         elif is_complete:
             check_processor(folder, address, config)
-        _check_files(folder, address, num_classes, is_timm=is_timm, is_complete=is_complete)
+        _check_files(folder, address, num_rows, is_timm=is_timm, is_complete=is_complete)
 
 
 def _check_files(folder: Path, address: str, num_classes: int, *, is_timm: bool, is_complete: bool) -> None:
@@ -107,6 +134,9 @@ def _head_problems(config: dict[str, Any]) -> list[str]:
 
 def _task_problems(config: dict[str, Any]) -> Iterator[str]:
     labels, head, count = config.get("id2label"), config.get("problem_type"), config.get("num_labels")
+    # A sigmoid of one logit is a softmax of two; of several it is not of their softmax.
+    if head == "multi_label_classification" and num_logits(config) == 1:
+        return
     if head == "multi_label_classification":
         yield (
             "problem_type: its head is of independent classes ('multi_label_classification', sigmoid), and risk and"
@@ -114,9 +144,7 @@ def _task_problems(config: dict[str, Any]) -> Iterator[str]:
         )
     elif head not in (None, "single_label_classification"):
         yield f"problem_type: {head!r} is not a classification into one of several classes"
-    if count == 1:
-        yield f"num_labels: {SINGLE_LOGIT}"
-    elif count is not None and isinstance(labels, dict) and count != len(labels):
+    if count is not None and isinstance(labels, dict) and count != len(labels):
         yield f"num_labels: {count!r}, but id2label has {len(labels)} classes; set both to the number of logits"
 
 

@@ -14,11 +14,11 @@ from typing import Any
 from engine.errors import JobError
 from engine.models.addresses import resolve
 from engine.models.digests import loaded_files, model_digest, oracle_digest
-from engine.models.program_settings import side_file
+from engine.models.program_settings import side_file, side_names
 from engine.models.programs import as_file, is_program
 
 # Roles of the description of a job's models that are not models.
-_OTHER_ROLES = ("conditioning", "starts", "methods", "validity")
+_OTHER_ROLES = ("conditioning", "starts", "given", "methods", "validity")
 _ORACLES = ("oracle", "oracles")
 
 Stamps = tuple[tuple[str, int, int], ...]
@@ -81,7 +81,7 @@ def check_copies(copies: Sequence[ModelCopy], machine: str) -> None:
 
 def _stamps(address: str) -> Stamps:
     if path := as_file(address) if is_program(address) else None:
-        root, files = path.parent, [path, side_file(path)]
+        root, files = path.parent, [*filter(None, (path, side_file(path), side_names(path)))]
     else:
         root = resolve(address)
         files = loaded_files(root)
@@ -90,4 +90,6 @@ def _stamps(address: str) -> Stamps:
 
 def _stamp(root: Path, file: Path) -> tuple[str, int, int]:
     status = file.stat()
-    return file.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns
+    # The file of class names may be elsewhere.
+    name = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.as_posix()
+    return name, status.st_size, status.st_mtime_ns

@@ -1,7 +1,7 @@
-"""Guidance methods of the user's own: `package.module:factory` in a request's `method`.
+"""Guidance methods that are criteria: built in, or the user's own by `package.module:factory` in a request's `method`.
 
-The factory is called with `guidance.custom.parameters` and returns a criterion (`engine.methods.custom.criterion`). It
-is the user's own code and runs as such, like the factory of a target. Torch is imported only where a method is loaded.
+The factory is called with `guidance.custom.parameters` and returns a criterion (`engine.methods.custom.criterion`). The
+user's own code runs as such, like the factory of a target. Torch is imported only where a method is loaded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import JobError
 from engine.job.spec import JobSpec, RequestSpec
+from engine.methods.custom.criteria import DEFAULT_OTHER
 from engine.methods.custom.spec import CustomGuidanceSpec
+from engine.methods.registry import CRITERIA
 from engine.models.factories import call_with_files, find_factory, module_of, reason_of
 
 if TYPE_CHECKING:
@@ -31,18 +33,48 @@ def custom_methods(job: JobSpec) -> list[str]:
 
 
 def method_problems(job: JobSpec) -> Iterable[str]:
-    """What is wrong with the user's own methods of a job, a line each.
+    """What is wrong with the criteria of a job, built in or the user's own, a line each.
 
     Side effects: imports their modules and calls their factories.
     """
     for number, request in enumerate(job.requests):
-        if request.method_record.is_user_code:
+        record = request.method_record
+        if record.has_criterion:
             try:
-                method_digest(request.method)
+                if record.is_user_code:
+                    method_digest(request.method)
                 load_method(request.method, factory_arguments(job, request))
+                _check_needs(job, request)
             except JobError as error:
                 where = f"{job.where(number)}.method"
                 yield from (f"{where}: {problem}" for problem in error.problems)
+
+
+def scorer_names(job: JobSpec, request: RequestSpec) -> list[str]:
+    """The classifiers that the criterion of a request may ask, by their names in `Scene.scorers`."""
+    further = [f"target.{place}" for place in range(1, len(job.models.targets))]
+    return ["target", *further, *(["oracle"] if job.parameters_of(request).sees_oracle else [])]
+
+
+def _check_needs(job: JobSpec, request: RequestSpec) -> None:
+    """Refuse a built-in criterion without the images or the second classifier that it compares with.
+
+    Raises:
+        JobError: what is missing, with the field that gives it.
+    """
+    method = request.method
+    if method == "feature" and not job.criterion_images(request):
+        raise JobError("'feature': guidance.custom.images: names no images to be near to; give labelled ones")
+    if method != "disagreement":
+        return
+    other, known = factory_arguments(job, request).get("other", DEFAULT_OTHER), scorer_names(job, request)
+    if other not in known[1:]:
+        named = ", ".join(known[1:]) or "none"
+        raise JobError(
+            f"'disagreement': {other!r} is no second classifier that may guide (there are: {named}); give a list in"
+            " models.target, whose second one is 'target.1', or an oracle with guidance.custom: {with_oracle: true,"
+            " parameters: {other: oracle}}"
+        )
 
 
 def factory_arguments(job: JobSpec, request: RequestSpec) -> dict[str, Any]:
@@ -79,11 +111,13 @@ def method_digest(address: str) -> str:
 
 
 def load_method(address: str, parameters: dict[str, Any]) -> Criterion:
-    """The criterion that a method's factory returns for its parameters.
+    """The criterion that a method's factory returns for its parameters; a method may be one that is built in.
 
     Raises:
         JobError: no such module or factory, other parameters than it takes, it fails, or it returns no criterion.
     """
+    if address in CRITERIA:
+        return _load_built_in(address, parameters)
     factory = find_factory(address)
     _check_parameters(address, factory, parameters)
     try:
@@ -96,6 +130,16 @@ def load_method(address: str, parameters: dict[str, Any]) -> Criterion:
         inspect.signature(criterion).bind(None, None)
     except (TypeError, ValueError) as error:
         raise JobError(f"'{address}' gave a function that cannot be called so ({error}); return {EXAMPLE}") from None
+    return criterion
+
+
+def _load_built_in(name: str, parameters: dict[str, Any]) -> Criterion:
+    factory = CRITERIA[name].load_criterion()
+    _check_parameters(name, factory, parameters)
+    try:
+        criterion: Criterion = factory(**parameters)
+    except ValueError as error:
+        raise JobError(f"'{name}': guidance.custom.parameters.{error}") from None
     return criterion
 
 

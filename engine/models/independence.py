@@ -14,7 +14,7 @@ from engine.models.programs import as_file, is_program
 from engine.models.weight_comparison import have_same_weights
 
 _WHOLE = ("",)
-_IMAGE_TOWER = ("vision_model.", "visual_projection.")
+_IMAGE_TOWER = ("vision_model.", "visual_projection.", "visual.")
 
 
 def check_independent(models: ModelsSpec, *, oracle_guides: bool = False) -> None:
@@ -92,8 +92,8 @@ def _guiding_problems(models: ModelsSpec) -> list[str]:
     measuring = [(f"models.transfer.{place}", address) for place, address in enumerate(models.transfer)]
     measuring += [("models.judge", models.judge)] if models.judge else []
     return [
-        f"{measured}: '{address}' has the weights of {field}, '{oracle}', which guides by its oracle_floor, so that it"
-        " would confirm what it guided; give another model"
+        f"{measured}: '{address}' has the weights of {field}, '{oracle}', which guides (by oracle_floor or"
+        " with_oracle), so that it would confirm what it guided; give another model"
         for measured, address in measuring
         if are_same_models(address, network, _IMAGE_TOWER if measured == "models.judge" else part)
     ]

@@ -5,11 +5,14 @@ from __future__ import annotations
 from engine.errors import JobError
 from engine.job.spec import JobSpec
 from engine.models.addresses import locate, resolve
-from engine.models.classifier_checks import class_names
+from engine.models.classifier_checks import class_names, is_binary
 from engine.models.neighbour_documents import read_neighbours
 from engine.models.oracle_kinds import kind_in, oracle_folder
-from engine.models.program_description import program_labels
+from engine.models.program_description import program_is_binary, program_labels
 from engine.models.programs import is_program
+
+# In the description of a model: what is done with its head, where that is not what the network gives.
+HEAD = "head"
 
 
 def read_labels(address: str) -> list[str] | None:
@@ -23,6 +26,21 @@ def read_labels(address: str) -> list[str] | None:
         return program_labels(address)
     folder = locate(address).folder
     return None if folder is None else class_names(folder, address)
+
+
+def describe_head(address: str) -> dict[str, str]:
+    """What is done with the head of a classifier that has one logit, for its description; empty for any other.
+
+    Raises:
+        JobError: as `read_labels`.
+    """
+    if is_program(address):
+        is_single = program_is_binary(address)
+    else:
+        folder = locate(address).folder
+        is_single = folder is not None and (folder / "config.json").is_file() and is_binary(folder)
+    names = read_labels(address) if is_single else None
+    return {HEAD: f"its one logit z is read as the logits [0, z] of {names[0]!r} and {names[1]!r}"} if names else {}
 
 
 def oracle_labels(address: str) -> list[str] | None:

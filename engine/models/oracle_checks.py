@@ -7,10 +7,10 @@ from pathlib import Path
 from engine.errors import JobError
 from engine.models.addresses import locate
 from engine.models.classifier_checks import check_classifier, read_temperature
-from engine.models.clip_checks import check_clip
-from engine.models.configurations import read_config
+from engine.models.clip_checks import check_clip, check_image_encoder
 from engine.models.digests import oracle_digest
 from engine.models.neighbour_documents import check_features, find_neighbours, read_neighbours
+from engine.models.open_clip_checks import clip_config
 from engine.models.oracle_kinds import kind_in
 
 
@@ -29,7 +29,7 @@ def check_oracle(folder: Path, address: str) -> None:
     is_complete = not locate(address).is_hub
     if kind_in(folder) == "clip":
         check_clip(folder, address, is_complete=is_complete)
-        read_temperature(read_config(folder / "config.json"), address)
+        read_temperature(clip_config(folder), address)
     else:
         check_classifier(folder, address, is_complete=is_complete)
 
@@ -38,11 +38,11 @@ def check_encoder(address: str) -> None:
     """Check by its files that a model can embed images for a *neighbours* artefact.
 
     Raises:
-        JobError: it is no CLIP model, or not a whole one.
+        JobError: it is neither a CLIP model nor DINOv2, or not a whole one.
     """
     location = locate(address)
     if location.folder is not None:
-        check_clip(location.folder, address, is_complete=not location.is_hub)
+        check_image_encoder(location.folder, address, is_complete=not location.is_hub)
 
 
 def _check_neighbours(folder: Path, address: str) -> None:

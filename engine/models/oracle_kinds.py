@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from engine.models.addresses import locate
+from engine.models.clip_checks import CLIP_TYPES
 from engine.models.configurations import NEIGHBOURS_DOCUMENT, read_config
 from engine.models.neighbour_documents import find_neighbours, read_neighbours
+from engine.models.open_clip_checks import is_open_clip
 from engine.models.programs import is_program
 
 OracleKind = Literal["classifier", "clip", "neighbours"]
@@ -42,9 +44,11 @@ def kind_in(folder: Path) -> OracleKind:
     """
     if (folder / NEIGHBOURS_DOCUMENT).is_file():
         return "neighbours"
+    if is_open_clip(folder):
+        return "clip"
     config = read_config(folder / "config.json") if (folder / "config.json").is_file() else {}
     kinds = config.get("architectures") or ()
-    if config.get("model_type") == "clip" and not any("ForImageClassification" in str(kind) for kind in kinds):
+    if config.get("model_type") in CLIP_TYPES and not any("ForImageClassification" in str(kind) for kind in kinds):
         return "clip"
     return "classifier"
 

@@ -19,8 +19,8 @@ from engine.models.addresses import resolve
 from engine.models.artefact_documents import malformed, unreadable
 from engine.models.classifier import Classifier
 from engine.models.classifier_checks import read_temperature
-from engine.models.clip import Clip
-from engine.models.configurations import NEIGHBOURS_DOCUMENT, read_config
+from engine.models.clip import Clip, ImageEncoder, load_image_encoder
+from engine.models.configurations import NEIGHBOURS_DOCUMENT
 from engine.models.digests import oracle_digest
 from engine.models.kernels import full_float32
 from engine.models.neighbour_documents import (
@@ -31,6 +31,7 @@ from engine.models.neighbour_documents import (
     find_neighbours,
     read_neighbours,
 )
+from engine.models.open_clip_checks import clip_config
 from engine.models.oracle_kinds import kind_in
 from engine.models.programs import is_program
 from engine.models.untrusted_files import read_whole
@@ -90,7 +91,7 @@ def load_oracle(address: str, device: str, labels: Sequence[str]) -> Oracle:
 
 
 class EmbeddingOracle:
-    """An oracle that scores the image embeddings of a CLIP model.
+    """An oracle that scores the embeddings of an image encoder, such as a CLIP model.
 
     Attributes: as `Oracle`.
 
@@ -100,7 +101,7 @@ class EmbeddingOracle:
 
     def __init__(
         self,
-        clip: Clip,
+        encoder: ImageEncoder,
         logits_of: Callable[[Tensor], Tensor],
         *,
         name: str,
@@ -108,7 +109,7 @@ class EmbeddingOracle:
         temperature: float,
         device: str,
     ) -> None:
-        self._clip = clip
+        self._encoder = encoder
         self._logits_of = logits_of
         self._device = device
         self.name = name
@@ -117,12 +118,12 @@ class EmbeddingOracle:
 
     def preprocess(self, images: Sequence[PIL.Image.Image]) -> Tensor:
         """As `Oracle.preprocess`."""
-        return self._clip.preprocess(images)
+        return self._encoder.preprocess(images)
 
     @torch.no_grad()
     def score_pixels(self, pixels: Tensor) -> Tensor:
         """As `Oracle.score_pixels`."""
-        embeds = self._clip.embeds_of_pixels(pixels).to(self._device)
+        embeds = self._encoder.embeds_of_pixels(pixels).to(self._device)
         with full_float32(self._device):
             return self._scaled(embeds).cpu()
 
@@ -132,7 +133,7 @@ class EmbeddingOracle:
 
     def logits(self, images: Tensor) -> Tensor:
         """As `Oracle.logits`; of neighbours the gradient is that of the votes of those that an image has now."""
-        return self._scaled(self._clip.embeds_of_tensor(images))
+        return self._scaled(self._encoder.embeds_of_tensor(images))
 
     def _scaled(self, embeds: Tensor) -> Tensor:
         return self._logits_of(unit_features(embeds)) / self.temperature
@@ -142,15 +143,17 @@ def _zero_shot(address: str, device: str, labels: Sequence[str]) -> EmbeddingOra
     """CLIP as a classifier: cosines with the prompts of the classes, times the factor that it was trained with.
 
     Radford et al., "Learning transferable visual models from natural language supervision" (ICML 2021), section 3.1.
+    Of SigLIP the logits are those of its sigmoids; one class is right here, so that their softmax is taken, too, which
+    the bias does not change.
     The temperature is the field `temperature` of its config.json, 1 without it.
     """
-    temperature = read_temperature(read_config(resolve(address) / "config.json"), address)
+    temperature = read_temperature(clip_config(resolve(address)), address)
     clip = Clip.load(address, device)
     prompts = unit_features(clip.text_embeds([class_prompt(label) for label in labels])).to(device)
-    scale = clip.logit_scale
+    scale, bias = clip.logit_scale, clip.logit_bias
     return EmbeddingOracle(
         clip,
-        lambda features: scale * features @ prompts.T,
+        lambda features: scale * features @ prompts.T + bias,
         name=address,
         labels=labels,
         temperature=temperature,
@@ -168,7 +171,7 @@ def _neighbours(address: str, folder: Path, device: str) -> EmbeddingOracle:
     classes = torch.arange(len(labels)).repeat_interleave(torch.tensor(document.counts)).to(device)
     vote = Vote(k=document.k, tau=document.tau)
     return EmbeddingOracle(
-        Clip.load(document.encoder_address, device),
+        load_image_encoder(document.encoder_address, device),
         lambda queries: vote_logits(queries, features, classes, len(labels), vote),
         name=address,
         labels=labels,

@@ -10,7 +10,7 @@ import hashlib
 
 from engine.models.factory_cache import Description, cached_description, keep_description
 from engine.models.factory_files import traced
-from engine.models.program_settings import TargetSettings, side_file, side_settings
+from engine.models.program_settings import TargetSettings, side_file, side_names, side_settings
 from engine.models.programs import archive_kind, as_file
 
 # The factories that were described in this process, by address.
@@ -49,8 +49,17 @@ def program_temperature(address: str) -> float:
     return _settings(address).temperature
 
 
+def program_is_binary(address: str) -> bool:
+    """Whether the network of a file or factory has one logit z, which is read as [0, z].
+
+    Raises:
+        JobError: as `check_program`.
+    """
+    return _settings(address).is_binary
+
+
 def program_digest(address: str) -> str:
-    """Digest of a file and its side file; of a factory, of its address, settings and tensors.
+    """Digest of a file, its side file, and one of class names; of a factory, of its address, settings and tensors.
 
     Raises:
         JobError: as `check_program`.
@@ -60,7 +69,7 @@ def program_digest(address: str) -> str:
         return _described(address).digest
     side_settings(path, address)
     digest = hashlib.sha256()
-    for part in (path, side_file(path)):
+    for part in filter(None, (path, side_file(path), side_names(path))):
         with part.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:32]

@@ -29,6 +29,7 @@ from engine.models.program_settings import EXAMPLE, TargetSettings, parse_settin
 from engine.models.program_trial import Network, check_outputs, type_name
 from engine.models.programs import archive_kind, as_file
 from engine.models.training_trial import training_problem
+from engine.models.two_logits import Paired
 
 _WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
@@ -52,10 +53,11 @@ def open_program(address: str, device: str) -> tuple[Network, TargetSettings]:
 
 
 def _ready(module: Any, settings: TargetSettings, address: str, device: str) -> Network:
-    """A module, after its parameters are frozen and its outputs are checked."""
+    """A module, after its parameters are frozen and its outputs are checked; one logit becomes two."""
     # One by one: modules of TorchScript have no `requires_grad_`.
     for parameter in module.parameters():
         parameter.requires_grad_(False)
+    module = Paired(module) if settings.is_binary else module
     # As it is scored with: kernels of lower precision give an image other logits in another batch.
     with full_float32(device):
         check_outputs(module, settings, address, device)
@@ -125,7 +127,7 @@ def _called(address: str) -> tuple[torch.nn.Module, TargetSettings]:
             f" {EXAMPLE}"
         )
     module, settings = pair
-    return module, parse_settings(settings, f"'{address}'")
+    return module, parse_settings(settings, f"'{address}'", *working_folders(address))
 
 
 def _looked_up(address: str, error: BaseException) -> str:
@@ -171,7 +173,8 @@ def describe_factory(address: str) -> Description:
         raise JobError(
             f"'{address}' gives other weights or settings every time it is called; load trained weights in it"
         )
-    return Description(settings=settings, digest=digest, untrainable=training_problem(module.float(), settings))
+    trained = Paired(module.float()) if settings.is_binary else module.float()
+    return Description(settings=settings, digest=digest, untrainable=training_problem(trained, settings))
 
 
 def module_digest(address: str, module: torch.nn.Module, settings: TargetSettings) -> str:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from engine.errors import JobError
 from engine.job.plan import MAX_TEMPERATURE, MIN_TEMPERATURE
 from engine.models.class_name_checks import check_names
+from engine.models.class_name_files import read_names
 from engine.models.untrusted_files import MAX_RECORD_BYTES, read_whole
 
 # A settings file, for messages.
@@ -34,7 +35,9 @@ class TargetSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    labels: tuple[str, ...] = Field(min_length=2, description="Class names in index order.")
+    labels: tuple[str, ...] = Field(
+        min_length=2, description="Class names in index order, or the path of a file with one a line (.json: a list)."
+    )
     image_size: _Pixels | tuple[_Pixels, _Pixels] = Field(
         description="Height and width of its input in pixels; a single number is both."
     )
@@ -46,7 +49,10 @@ class TargetSettings(BaseModel):
     )
     interpolation: Literal["bilinear", "bicubic"] = Field(default="bilinear", description="Of the resize, antialiased.")
     temperature: _Temperature = Field(default=1.0, description="Calibration temperature T: logits are divided by it.")
-    output: Literal["logits"] = Field(default="logits", description="Output of the network, before any softmax.")
+    output: Literal["logits", "logit"] = Field(
+        default="logits",
+        description="Output of the network, before any softmax; logit: one z for two classes, read as [0, z].",
+    )
 
     @pydantic.field_validator("labels")
     @classmethod
@@ -57,6 +63,17 @@ class TargetSettings(BaseModel):
             raise ValueError(str(error).removeprefix("labels: ")) from None
         return labels
 
+    @pydantic.model_validator(mode="after")
+    def _two_of_one(self) -> TargetSettings:
+        if self.output == "logit" and len(self.labels) != 2:
+            raise ValueError(f"output: 'logit' is of two classes, and labels has {len(self.labels)}; name both")
+        return self
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether the network has one logit z, which is read as [0, z]."""
+        return self.output == "logit"
+
     @property
     def shape(self) -> tuple[int, int]:
         """Height and width of the network's input."""
@@ -66,6 +83,15 @@ class TargetSettings(BaseModel):
 def side_file(path: Path) -> Path:
     """The path of a file's settings: `model.pt.json` for `model.pt`."""
     return path.with_name(f"{path.name}.json")
+
+
+def side_names(path: Path) -> Path | None:
+    """The file that the settings of a file name for its classes; None where they list them, or cannot be read."""
+    try:
+        labels = json.loads(read_whole(side_file(path), MAX_RECORD_BYTES))["labels"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return None
+    return path.parent / labels if isinstance(labels, str) else None
 
 
 def side_settings(path: Path, address: str) -> TargetSettings:
@@ -84,18 +110,21 @@ def side_settings(path: Path, address: str) -> TargetSettings:
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise JobError(f"'{side}' cannot be read as JSON ({error})") from None
-    return parse_settings(raw, f"'{side}'")
+    return parse_settings(raw, f"'{side}'", side.parent)
 
 
-def parse_settings(raw: Any, where: str) -> TargetSettings:
+def parse_settings(raw: Any, where: str, *folders: Path) -> TargetSettings:
     """Check settings.
 
     Args:
         where: their source, for messages.
+        folders: where a file that `labels` names may be; the first that has it counts.
 
     Raises:
         JobError: all problems, one line each.
     """
+    if isinstance(raw, dict) and isinstance(name := raw.get("labels"), str):
+        raw = raw | {"labels": _names_of(name, where, folders)}
     try:
         return TargetSettings.model_validate(raw)
     except pydantic.ValidationError as error:
@@ -104,3 +133,20 @@ def parse_settings(raw: Any, where: str) -> TargetSettings:
             field = str(item["loc"][0]) if item["loc"] else "settings"
             problems.setdefault(field, f"{item['msg'][0].lower()}{item['msg'][1:]}")
         raise JobError([f"{where}: {field}: {text}; such as {EXAMPLE}" for field, text in problems.items()]) from None
+
+
+def _names_of(name: str, where: str, folders: tuple[Path, ...]) -> list[str]:
+    """The class names in a file that settings name.
+
+    Raises:
+        JobError: there is no such file, or it cannot be read.
+    """
+    places = [folder / name for folder in folders]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        looked = " or ".join(f"'{folder}'" for folder in folders) or "any folder"
+        raise JobError(f"{where}: labels: there is no file {name!r} in {looked}; give its path, or a list of names")
+    try:
+        return read_names(path)
+    except JobError as error:
+        raise JobError(f"{where}: labels: {error}") from None

@@ -61,7 +61,7 @@ def _check_shape(network: Network, images: Tensor, num_classes: int, address: st
 def _shape_remedy(output: Any, rows: int, num_classes: int) -> str:
     """What to return in place of an output of the wrong shape."""
     if isinstance(output, Tensor) and output.shape in ((rows,), (rows, 1)) and num_classes == 2:
-        return "a single logit z of two classes is the pair of logits [0, z]: return torch.stack([0 * z, z], 1)"
+        return 'a single logit z of two classes, which is the pair of logits [0, z]: set "output": "logit"'
     return f"return logits alone, a column for each of the {num_classes} names in labels"
 
 

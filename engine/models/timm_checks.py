@@ -36,6 +36,8 @@ def timm_names(config: dict[str, Any], address: str) -> list[Any]:
         JobError: there are no names, or only one.
     """
     names = config.get("label_names", config.get("labels"))
+    if names is None and timm_count(config) == 1:
+        raise JobError(f"'{address}': num_classes: {SINGLE_LOGIT}")
     if names is None:
         names = _imagenet_names(config, address)
     if isinstance(names, dict) and len(names) > 1:
@@ -84,17 +86,25 @@ def timm_problems(config: dict[str, Any]) -> list[str]:
 def _count_problems(config: dict[str, Any], pretrained: dict[str, Any], arguments: dict[str, Any]) -> Iterator[str]:
     """Numbers of classes that are too small or contradict each other."""
     own, of_arguments = config.get("num_classes"), arguments.get("num_classes")
-    counts = (own, of_arguments, pretrained.get("num_classes"))
-    if 1 in counts:
-        yield f"num_classes: {SINGLE_LOGIT}"
-    elif 0 in counts:
+    if 0 in (own, of_arguments, pretrained.get("num_classes")):
         yield "num_classes: 0, so it has no head; save the whole classifier"
     count, other = of_arguments if own is None else own, arguments.get("num_classes", own)
     names = config.get("label_names")
+    if count == 1 and isinstance(names, (list, dict)) and len(names) == 2:
+        # Of the two classes of a single logit.
+        names = None
     if count != other:
         yield f"num_classes: {count!r}, but {other!r} in model_args; set both to the number of logits"
     elif isinstance(names, (list, dict)) and len(names) > 1 and count is not None and len(names) != count:
         yield f"num_classes: {count!r}, but label_names has {len(names)} classes; set both to the number of logits"
+
+
+def timm_count(config: dict[str, Any]) -> int | None:
+    """The logits of a network that timm saved; None where its configuration does not tell."""
+    arguments, pretrained = config.get("model_args"), config[TIMM_KEY]
+    places = [config, *(place for place in (arguments, pretrained) if isinstance(place, dict))]
+    count = next((place["num_classes"] for place in places if place.get("num_classes") is not None), None)
+    return count if type(count) is int else None
 
 
 def check_timm_transform(config: dict[str, Any], address: str) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from engine.models.addresses import resolve
+from engine.models.class_name_files import NAMES_FILES
 from engine.models.classifier import load_network, steps_of
-from engine.models.classifier_checks import read_temperature
+from engine.models.classifier_checks import class_names, read_temperature
 from engine.models.configurations import read_config
 from engine.models.factory_folders import WEIGHTS, StoredFactory, read_factory_folder, write_factory_document
 from engine.models.preprocessing import Preprocessing
@@ -21,6 +22,7 @@ from engine.models.program_loading import call_factory
 from engine.models.program_settings import TargetSettings
 from engine.models.programs import is_program
 from engine.models.training_trial import trainable_parameters
+from engine.models.two_logits import Paired, paired
 
 _PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
@@ -54,13 +56,14 @@ def load_trainable(address: str, device: str) -> Trainable:
 class _Logits(nn.Module):
     """A network of transformers that gives logits alone."""
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any, num_classes: int) -> None:
         super().__init__()
         self.inner = inner
+        self._num_classes = num_classes
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits [B, n] of images [B, 3, h, w]."""
-        logits: Tensor = self.inner(pixel_values=pixels).logits
+        logits: Tensor = paired(self.inner(pixel_values=pixels).logits, self._num_classes)
         return logits
 
 
@@ -70,7 +73,7 @@ def _of_folder(address: str, device: str) -> Trainable:
     def store(network: nn.Module, place: Path, temperature: float) -> None:
         assert isinstance(network, _Logits)
         network.inner.save_pretrained(place)
-        for name in _PREPROCESSORS:
+        for name in (*_PREPROCESSORS, *NAMES_FILES):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, place / name)
         # Written into the file: transformers keeps this field out of its configuration objects.
@@ -78,7 +81,7 @@ def _of_folder(address: str, device: str) -> Trainable:
         (place / "config.json").write_text(f"{json.dumps(config, indent=2)}\n", encoding="utf-8")
 
     return Trainable(
-        network=_Logits(load_network(address)).to(device).eval(),
+        network=_Logits(load_network(address), len(class_names(folder, address))).to(device).eval(),
         preprocessing=Preprocessing.load(folder),
         temperature=read_temperature(read_config(folder / "config.json"), address),
         store=store,
@@ -92,6 +95,8 @@ def _of_factory(address: str, device: str) -> Trainable:
     changed = {id(parameter) for parameter in trainable_parameters(module.float())}
     for parameter in module.parameters():
         parameter.requires_grad_(id(parameter) in changed)
+    if settings.is_binary:
+        module = Paired(module)
     return Trainable(
         network=module.to(device).eval(),
         preprocessing=Preprocessing.plain(address, steps_of(settings)),
@@ -106,7 +111,7 @@ def _factory_store(factory: str, settings: TargetSettings) -> Callable[[nn.Modul
 
     def store(network: nn.Module, place: Path, temperature: float) -> None:
         place.mkdir(parents=True, exist_ok=True)
-        save_model(network, str(place / WEIGHTS))
+        save_model(network.inner if isinstance(network, Paired) else network, str(place / WEIGHTS))
         write_factory_document(
             StoredFactory(folder=place, factory=factory, labels=settings.labels, temperature=temperature)
         )

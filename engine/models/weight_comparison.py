@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 # Bytes per element of the types that weights have.
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-# Buffers that are no weights: counters of training, and positions; and the temperature of CLIP's loss.
-_COUNTERS = ("num_batches_tracked", "position_ids", "logit_scale")
+# Buffers that are no weights: counters of training, and positions; and the scalars of CLIP's and SigLIP's loss.
+_COUNTERS = ("num_batches_tracked", "position_ids", "logit_scale", "logit_bias")
 
 # Tensors whose values have a larger correlation are alike; smaller ones than this correlate by chance.
 _ALIKE, _MIN_ALIKE = 0.5, 64

@@ -514,7 +514,7 @@ def columns_section(version: int, *, has_ensemble: bool = False, oracle_guides: 
 
     Args:
         has_ensemble: whether a run has several targets, of which the column `transfer` has entries, too.
-        oracle_guides: whether an oracle is a floor of some guidance.
+        oracle_guides: whether an oracle is a floor, or part of a criterion, of some guidance.
     """
     names = arrow_schema(surplus=True, version=version).names
     lines = ["## Columns", "", "| column | meaning |", "|---|---|"]
@@ -522,7 +522,7 @@ def columns_section(version: int, *, has_ensemble: bool = False, oracle_guides: 
     if has_ensemble:
         lines += ["", f"In `transfer`, a model with `{GUIDES.strip()}` after its name was guided on: a further target."]
     if oracle_guides:
-        text = "was a floor of guidance, and has no part in the other columns of the oracles."
+        text = "was a floor of guidance, or part of a criterion, and has no part in the other columns of the oracles."
         lines += ["", f"In `oracles`, a model with `{GUIDES.strip()}` after its name {text}"]
     return "\n".join(lines)
 

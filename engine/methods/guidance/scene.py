@@ -1,15 +1,15 @@
 """What a guidance method knows of the samples of a batch.
 
-Legend: B samples, C channels, H x W size, n classes of the target.
+Legend: B samples, C channels, H x W size, n classes of the target, d entries of an embedding, N given images.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -18,6 +18,42 @@ from engine.methods.parameters import Ensemble
 
 # Some rows of a batch: one after another, or by their numbers, on the CPU.
 Rows = slice | Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SceneScorer:
+    """A model of the job that a criterion may ask, in float32 on its own device, whatever those of the images are.
+
+    What a scorer does not have raises `LookupError`: a classifier has no embeddings, a CLIP model no logits.
+
+    Attributes:
+        name: address of the model.
+        logits: images [B, 3, H, W] in [0, 1] to temperature-scaled logits [B, n + k], differentiable: the target's n
+            classes, and behind them what else the model knows.
+        embeds: such images to projected CLIP embeddings [B, d], differentiable, not normalised.
+        text_embeds: texts to projected embeddings [number of texts, d] on the device of the model, not normalised.
+    """
+
+    name: str
+    logits: Callable[[Tensor], Tensor]
+    embeds: Callable[[Tensor], Tensor]
+    text_embeds: Callable[[Sequence[str]], Tensor]
+
+    def cached(self) -> Self:
+        """The scorer, which is asked once about the same images."""
+        return dataclasses.replace(self, logits=functools.cache(self.logits), embeds=functools.cache(self.embeds))
+
+
+class GivenFeatures(NamedTuple):
+    """The images of `guidance.custom.images`, as CLIP sees them.
+
+    Attributes:
+        features: embeddings [N, d] of length 1, on the device of the samples.
+        classes: the class index of each, [N].
+    """
+
+    features: Tensor
+    classes: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,12 +66,17 @@ class Scene:
             differentiable.
         labels: [B] class index of each sample; of a joint prompt the first of its subset.
         classes: of each sample, its class, or the subset of its joint prompt.
+        scorers: the models of the job that may guide: `target`, further targets as `target.1`, ..., `clip`, and with
+            `guidance.custom.with_oracle` the last oracle as `oracle`.
+        given: the images of `guidance.custom.images`; None without them.
     """
 
     logits: Callable[[Tensor], Tensor]
     conformity: Callable[[Tensor, Tensor], Tensor]
     labels: Tensor
     classes: tuple[tuple[int, ...], ...]
+    scorers: Mapping[str, SceneScorer] = dataclasses.field(default_factory=dict)
+    given: GivenFeatures | None = None
 
     @property
     def num_samples(self) -> int:
@@ -97,6 +138,7 @@ class GuidanceScene(Scene):
             conformity=functools.cache(self.conformity),
             raw_conformity=functools.cache(self.raw_conformity),
             oracle_logits=self.oracle_logits and functools.cache(self.oracle_logits),
+            scorers={name: scorer.cached() for name, scorer in self.scorers.items()},
             further_logits=(),
         )
         each = [

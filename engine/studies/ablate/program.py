@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.driver.checks import find_start_images
+from engine.driver.checks import find_images
 from engine.errors import JobError
 from engine.job.plan import resolve_requests
 from engine.job.spec import JobSpec
@@ -29,7 +29,7 @@ def check_ablate(spec: AblateSpec, job: JobSpec) -> str:
     labels = target_labels(job)
     try:
         check_addresses(made.job)
-        find_start_images(resolve_requests(made.job, labels), labels)
+        find_images(made.job, resolve_requests(made.job, labels), labels)
     except JobError as error:
         raise named(error, made.arms, made.request) from None
     if spec.data is not None:

@@ -1,4 +1,4 @@
-"""Features that distances between sets of images are measured in: CLIP embeddings, or those of the Inception of FID."""
+"""Features that distances between sets of images are measured in: of CLIP, of DINOv2, or of the Inception of FID."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from engine.errors import JobError, first_line
-from engine.models.clip import Clip
+from engine.methods.neighbours import unit_features
+from engine.models.clip import Clip, ImageEncoder, load_image_encoder
 from engine.models.kernels import full_float32
 
+# Of `--features`; anything else is the address of an encoder.
+KINDS = ("auto", "clip", "inception")
 INCEPTION_FILE = "inception-2015-12-05.pt"
 INCEPTION_SIDE = 299
 INCEPTION_NAME = "Inception"
@@ -47,7 +50,24 @@ class ClipFeatures:
 
     def features(self, images: Sequence[PIL.Image.Image], clip: NDArray[np.float32]) -> NDArray[np.float32]:
         """The given embeddings [B, d], scaled to that length."""
-        return clip * np.float32(np.sqrt(clip.shape[1]))
+        return _scaled(clip)
+
+
+class EncoderFeatures:
+    """Embeddings by a model of the user's choice, such as DINOv2, of the length of `ClipFeatures`."""
+
+    def __init__(self, encoder: ImageEncoder) -> None:
+        self.name = encoder.name
+        self._encoder = encoder
+
+    def features(self, images: Sequence[PIL.Image.Image], clip: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Features [B, D] of 8-bit images; NaN in rows that are not finite or have no direction."""
+        return _scaled(unit_features(self._encoder.image_embeds(images)).numpy())
+
+
+def _scaled(unit: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Embeddings [B, d] of length one, at length sqrt(d)."""
+    return unit * np.float32(np.sqrt(unit.shape[1]))
 
 
 class Inception:
@@ -113,9 +133,17 @@ def find_inception(place: str | None) -> Path | None:
 def choose_extractor(kind: str, clip: Clip, inception: str | None, device: str) -> Extractor:
     """The extractor that was asked for; `auto` takes Inception where its file is on this machine.
 
+    Args:
+        kind: `auto`, `clip`, `inception`, or the address of an image encoder.
+
     Raises:
-        JobError: Inception was asked for and is not here.
+        JobError: Inception was asked for and is not here, or the encoder cannot be loaded.
     """
+    if kind not in KINDS:
+        try:
+            return EncoderFeatures(load_image_encoder(kind, device))
+        except JobError as error:
+            raise JobError([f"--features: {problem}" for problem in error.problems]) from None
     path = None if kind == "clip" else find_inception(inception)
     if path is not None:
         return Inception(path, device)

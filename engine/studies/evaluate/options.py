@@ -21,7 +21,7 @@ class EvaluateOptions:
             diffusion model was trained on.
         reference: name of a request with whose samples the others are compared.
         clip: address of the CLIP model for embeddings; the job's by default.
-        features: `auto`, `clip` or `inception`.
+        features: `auto`, `clip`, `inception`, or the address of an image encoder.
         inception: file or folder of the Inception network.
         failures: whether failures that the rule of acceptance rejected are clustered, too: `accepted` or `all`.
         limit: images of each request that are read.
@@ -46,7 +46,7 @@ class EvaluateOptions:
         problems = []
         if not MIN_IMAGES <= self.limit <= MAX_LIMIT:
             problems.append(f"--limit: {self.limit} is not between {MIN_IMAGES} and {MAX_LIMIT:,}")
-        if self.inception is not None and self.features == "clip":
-            problems.append("--inception: is for Inception's features; leave it or `--features clip` out")
+        if self.inception is not None and self.features not in ("auto", "inception"):
+            problems.append(f"--inception: is for Inception's features; leave it or `--features {self.features}` out")
         if problems:
             raise JobError(problems)

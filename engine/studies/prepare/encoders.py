@@ -8,8 +8,8 @@ import PIL.Image
 from torch import Tensor
 
 from engine.job.spec import JobSpec
+from engine.models import clip
 from engine.models.addresses import locate, resolve
-from engine.models.clip import Clip
 from engine.models.configurations import PIPELINE_INDEX
 from engine.models.diffusion import load_image_encoder
 from engine.models.digests import image_encoder_digest, model_digest
@@ -37,12 +37,12 @@ def encoder_address(job: JobSpec) -> str:
 
 
 def load_encoder(address: str, device: str) -> Encoder:
-    """The image encoder of a pipeline, or a CLIP model.
+    """The image encoder of a pipeline, a CLIP model or DINOv2.
 
     Raises:
         JobError: it cannot be loaded.
     """
-    return load_image_encoder(address, device) if is_pipeline(address) else Clip.load(address, device)
+    return load_image_encoder(address, device) if is_pipeline(address) else clip.load_image_encoder(address, device)
 
 
 def encoder_digest(address: str) -> str:

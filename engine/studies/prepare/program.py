@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from engine.data.images import ImageSource, open_images
 from engine.driver.executors.base import Executor
@@ -20,11 +21,13 @@ from engine.generation.artefact import Conditioning, save_conditioning
 from engine.job.spec import JobSpec
 from engine.models.addresses import resolve
 from engine.models.artefact_documents import kind_of
-from engine.models.configurations import CALIBRATION_DOCUMENT, NEIGHBOURS_DOCUMENT, read_config
+from engine.models.clip_checks import is_siglip
+from engine.models.configurations import CALIBRATION_DOCUMENT, NEIGHBOURS_DOCUMENT
 from engine.models.digests import model_digest
 from engine.models.factories import import_folders
 from engine.models.job_checks import check_addresses, check_target
 from engine.models.labels import target_labels
+from engine.models.open_clip_checks import clip_config, is_open_clip
 from engine.models.oracle_checks import check_encoder
 from engine.studies.prepare.calibration import CalibrationFit, save_calibration
 from engine.studies.prepare.distributed_pass import observe_distributed
@@ -245,8 +248,13 @@ def described_models(job: JobSpec, kind: str, encoder: str | None) -> dict[str, 
 
 
 def _num_features(encoder: str) -> int:
-    """Entries of an embedding of a CLIP model; transformers' default where its configuration does not say."""
-    return int(read_config(resolve(encoder) / "config.json").get("projection_dim", 512))
+    """Entries of an embedding of an encoder; transformers' default where its configuration does not say."""
+    config = clip_config(resolve(encoder))
+    if is_open_clip(resolve(encoder)):
+        return int(config["model_cfg"].get("embed_dim", 512))
+    vision: Any = config.get("vision_config") or {}
+    of_vision = vision.get("hidden_size", 768) if is_siglip(resolve(encoder)) else 512
+    return int(config.get("projection_dim") or config.get("hidden_size") or of_vision)
 
 
 def _executor_for(source: ImageSource, executor: Executor | None, display: Display) -> Executor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.driver.checks import find_start_images
+from engine.driver.checks import find_images
 from engine.errors import JobError
 from engine.job.plan import resolve_requests
 from engine.job.spec import JobSpec
@@ -37,7 +37,7 @@ def check_rounds(spec: RoundsSpec, job: JobSpec) -> str:
         )
     open_sources(design)
     labels = target_labels(job)
-    find_start_images(resolve_requests(job, labels), labels)
+    find_images(job, resolve_requests(job, labels), labels)
     return described(design)
 
 

@@ -69,13 +69,13 @@ def _crossed(spec: SweepSpec, job: JobSpec) -> tuple[CrossedJob, list[str] | Non
 
 
 def _check_cells(job: JobSpec, labels: list[str] | None) -> None:
-    from engine.driver.checks import find_start_images
+    from engine.driver.checks import find_images
 
     check_addresses(job)
     if missing := missing_artefacts(job):
         raise JobError(missing)
     if labels is not None:
-        find_start_images(resolve_requests(job, labels), labels)
+        find_images(job, resolve_requests(job, labels), labels)
 
 
 def _many(number: int, noun: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import combinations
 
 from engine.data.images import open_images
-from engine.driver.checks import find_start_images
+from engine.driver.checks import find_images
 from engine.errors import JobError
 from engine.job.plan import resolve_requests
 from engine.job.spec import JobSpec
@@ -106,7 +106,7 @@ def _row_problems(spec: TransferSpec, job: JobSpec, design: Design) -> Iterator[
                 raise JobError(missing)
             labels = read_labels(made.models.target)
             if labels is not None:
-                find_start_images(resolve_requests(made, labels), labels)
+                find_images(made, resolve_requests(made, labels), labels)
         except JobError as error:
             for problem in error.problems:
                 if problem not in known:
