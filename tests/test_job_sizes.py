@@ -22,7 +22,7 @@ JOB: dict[str, Any] = {
 REQUEST = ("requests", 0)
 WHERE: dict[str, tuple[Any, ...]] = {
     "requests": (), "contexts": REQUEST, "classes": REQUEST, "boundary": REQUEST, "transfer": ("models",),
-    "strength": (*REQUEST, "start"), "further_targets": ("models",), "oracles": ("models",),
+    "strength": (*REQUEST, "start"), "further_targets": ("models",), "oracles": ("models",), "adapters": ("models",),
 }  # fmt: skip
 TEXT = "x: &a {name: r, method: prompt, classes: all, count: 1}\n"
 

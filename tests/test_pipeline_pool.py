@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from engine.generation import loading
-from engine.job.spec import RuntimeSpec
+from engine.job.spec import ModelsSpec, RuntimeSpec
 from engine.models.diffusion import load_pipeline
 from engine.models.hardware import choose_hardware
 
@@ -24,12 +24,13 @@ def test_a_gpu_holds_one_pipeline_at_a_time(monkeypatch: pytest.MonkeyPatch, dev
     weights: list[weakref.ref[Any]] = []
     alive: list[int] = []
 
-    def load(address: str, hardware: Any, *, checks_safety: bool) -> Any:
+    def load(address: str, hardware: Any, *, checks_safety: bool, models: ModelsSpec) -> Any:
         alive.append(sum(reference() is not None for reference in weights))
         return load_pipeline(ADDRESS, cpu, checks_safety=checks_safety)
 
     monkeypatch.setattr(loading, "load_pipeline", load)
-    pool = loading.PipelinePool(dataclasses.replace(cpu, device=device), checks_safety=True)
+    models = ModelsSpec(diffusion="d", clip="c", target="t")
+    pool = loading.PipelinePool(dataclasses.replace(cpu, device=device), models)
     model = pool.get("one")
     decode = model.decoder.decoding(model.latent_shape).decode
     assert callable(decode)

@@ -330,7 +330,7 @@ def test_adapters_that_would_not_be_applied_are_named(name, plain, copy_of):
     """LoRA weights beside a pipeline's own: nothing loads them, and the images would be those of the plain model."""
     folder = copy_of(plain)
     (folder / name).write_bytes(b"")
-    assert f"({name}), which would not be applied; fuse them" in refusal(folder)
+    assert f"({name}), which would not be applied; move the file elsewhere" in refusal(folder)
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])

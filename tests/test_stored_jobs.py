@@ -33,6 +33,10 @@ MAX_ROUNDS = 8
 TODAY = datetime.date(2026, 11, 29)
 
 
+# Models that a job may leave out.
+OPTIONAL = ("judge", "guidance_decoder", "further_targets", "vae", "adapters")
+
+
 def digests_of(job: JobSpec) -> dict[str, Any]:
     """Digests such as models, artefacts and methods of a job have."""
     sources = [one.artefact or one.images for request in job.requests if (one := request.conditioning)]
@@ -46,7 +50,7 @@ def digests_of(job: JobSpec) -> dict[str, Any]:
         "conditioning": dict.fromkeys(sources, "e"),
         "starts": {one.images: "s" for request in job.requests if (one := request.start)},
         "methods": {one.method: "m" for one in job.requests if one.method_record.is_user_code},
-    } | {name: name for name in ("judge", "guidance_decoder", "further_targets") if getattr(job.models, name)}
+    } | {name: name for name in OPTIONAL if getattr(job.models, name)}
 
 
 def plan_of(job: JobSpec):

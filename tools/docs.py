@@ -28,6 +28,7 @@ NOTE = "<!-- Made by tools/docs.py from the code; change it there. -->"
 SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("The job", spec.JobSpec),
     ("models", spec.ModelsSpec),
+    ("models.adapters", spec.AdapterSpec),
     ("requests", spec.RequestSpec),
     ("conditioning", spec.ConditioningSpec),
     ("start", spec.StartSpec),
@@ -40,6 +41,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
 )
 # Patterns in words; a new one needs words, too.
 PATTERNS = {
+    r"^\S+$": "no spaces",
     TypeAdapter(spec.Name).json_schema()["pattern"]: "of a-z, 0-9 and inner hyphens",
     TypeAdapter(spec.MethodAddress).json_schema()["pattern"]: "`package.module:factory`",
     TypeAdapter(spec.Date).json_schema()["pattern"]: "a date such as `2026-11-21`",

@@ -216,9 +216,14 @@ def describe_models(
     if models.oracles:
         pairs = zip(models.oracles, digests["oracles"], strict=True)
         described["oracles"] = [_describe(address, digest) for address, digest in pairs]
-    for role in ("oracle", "judge", "guidance_decoder"):
+    for role in ("oracle", "judge", "guidance_decoder", "vae"):
         if address := getattr(models, role):
             described[role] = _describe(address, digests[role])
+    if models.adapters:
+        described["adapters"] = [
+            _describe(adapter.address, "") | identity
+            for adapter, identity in zip(models.adapters, digests["adapters"], strict=True)
+        ]
     if job.oracle_guides:
         (described["oracles"][-1] if models.oracles else described["oracle"])["guides"] = True
     if validity is not None:

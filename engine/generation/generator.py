@@ -67,7 +67,7 @@ class Generator:
         temperature, validity = planned_temperature(plan.identity), planned_validity(plan.identity)
         self._scorer = load_scorer(job, device, temperature, validity)
         self._target = self._scorer.target
-        self._pipelines = PipelinePool(self._hardware, checks_safety=job.models.safety_checker == "auto")
+        self._pipelines = PipelinePool(self._hardware, job.models)
         self._conditioners: dict[int, Conditioner] = {}
         self._start_sets = StartSets(plan)
         self._starts: dict[int, StartImages] = {}

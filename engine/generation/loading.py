@@ -9,7 +9,7 @@ import torch
 from engine.errors import JobError
 from engine.generation.oracle_scoring import Oracles
 from engine.generation.scorer import Scorer
-from engine.job.spec import JobSpec
+from engine.job.spec import JobSpec, ModelsSpec
 from engine.methods.sampling.spec import SamplingSpec
 from engine.methods.validity import ValidityModel
 from engine.models.classifier import Classifier
@@ -29,9 +29,9 @@ class PipelinePool:
     A GPU holds one at a time: shards are dispatched to workers that hold theirs.
     """
 
-    def __init__(self, hardware: Hardware, *, checks_safety: bool) -> None:
+    def __init__(self, hardware: Hardware, models: ModelsSpec) -> None:
         self._hardware = hardware
-        self._checks_safety = checks_safety
+        self._models = models
         self._pipelines: dict[str, Pipeline] = {}
         self._sized: dict[tuple[str, int | None, int | None], Pipeline] = {}
 
@@ -48,7 +48,10 @@ class PipelinePool:
                 # Decoders, and parts of the libraries, are in cycles: the next pipeline would be loaded next to them.
                 gc.collect()
                 torch.cuda.empty_cache()
-            self._pipelines[address] = load_pipeline(address, self._hardware, checks_safety=self._checks_safety)
+            checks_safety = self._models.safety_checker == "auto"
+            self._pipelines[address] = load_pipeline(
+                address, self._hardware, checks_safety=checks_safety, models=self._models
+            )
             self._pipelines[address].make_steady()
         key = (address, sampling.height, sampling.width)
         if key not in self._sized:

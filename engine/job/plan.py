@@ -384,9 +384,10 @@ def plan_identity(job: JobSpec, requests: tuple[RequestPlan, ...], digests: dict
         digests: `{"diffusion": {address: digest}, "clip": digest, "target": digest, "transfer": [digest],
             "oracle": digest, "conditioning": {address: digest}, "starts": {address: digest}, "given": {address:
             digest}, "methods": {address: digest}}`, and `"judge"` and `"guidance_decoder"` with a digest where there
-            is one, `"further_targets": [digest]` and `"oracles": [digest]` where there are some, `"safety_checker":
-            "off"` where it is off, `"temperature"` where the target has not its own, `"validity": {"digest",
-            "intercept", "weights"}` where the job names an estimate of the share of people who agree.
+            is one, `"further_targets": [digest]` and `"oracles": [digest]` where there are some, `"adapters":
+            [{"digest", "weight"}]` and `"vae"` with a digest where there are some, `"safety_checker": "off"` where it
+            is off, `"temperature"` where the target has not its own, `"validity": {"digest", "intercept", "weights"}`
+            where the job names an estimate of the share of people who agree.
     """
     return {
         "schema_version": IDENTITY_VERSION,

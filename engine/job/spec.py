@@ -30,6 +30,7 @@ LIST_LIMITS = {
     "strength": 100,
     "further_targets": 7,
     "oracles": 16,
+    "adapters": 16,
 }
 # Targets of a job: the one whose scores are recorded, and those that guide beside it.
 MAX_TARGETS = 1 + LIST_LIMITS["further_targets"]
@@ -66,6 +67,25 @@ def _or_list(most: int) -> Callable[[dict[str, Any]], None]:
         schema["anyOf"] = [value, values]
 
     return allow
+
+
+class AdapterSpec(Spec):
+    """Weights that change a pipeline: a LoRA, or an embedding of a new word (textual inversion)."""
+
+    address: Address = Field(
+        description="A file of safetensors, or the folder of one: LoRA weights as diffusers or kohya's scripts save"
+        " them, or a learned embedding."
+    )
+    weight: Number = Field(default=1.0, ge=-100, le=100, description="Of a LoRA: its scale; of an embedding 1.")
+    token: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^\S+$")] | None = Field(
+        default=None, description="Of an embedding: its word in prompts, in place of the one in the file."
+    )
+
+    @pydantic.field_validator("weight")
+    @classmethod
+    def _without_sign(cls, value: float) -> float:
+        """-0 is 0, also in a digest."""
+        return value or abs(value)
 
 
 class ModelsSpec(Spec):
@@ -126,6 +146,16 @@ class ModelsSpec(Spec):
         description="AutoencoderTiny whose decoder guidance differentiates, in place of the pipeline's own; the stored"
         " image always comes from the pipeline's.",
     )
+    adapters: tuple[AdapterSpec, ...] = Field(
+        default=(),
+        max_length=LIST_LIMITS["adapters"],
+        description="LoRA weights and textual inversions that every diffusion model of the job is loaded with.",
+    )
+    vae: Address | None = Field(
+        default=None,
+        description="AutoencoderKL in place of that of every diffusion model of the job, for latents of the same shape"
+        " and scale.",
+    )
     safety_checker: Literal["auto", "off"] = Field(
         default="auto",
         description="auto: a sample that the pipeline's safety checker flags is `failed`; off: it is not asked.",
@@ -163,7 +193,12 @@ class ModelsSpec(Spec):
     def _without_absent(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A job with one target, one oracle and no estimate is stored as it was before there could be more."""
         absent = {"further_targets": not self.further_targets, "oracles": not self.oracles}
-        absent |= {"validity": self.validity is None, "label_map": not self.label_map}
+        absent |= {
+            "adapters": not self.adapters,
+            "vae": self.vae is None,
+            "validity": self.validity is None,
+            "label_map": not self.label_map,
+        }
         return {key: value for key, value in dump(self).items() if not absent.get(key)}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import JobError
+from engine.models.adapters import adapter_digest, adapter_file
 from engine.models.addresses import resolve
 from engine.models.digests import loaded_files, model_digest, oracle_digest
 from engine.models.program_settings import side_file, side_names
@@ -19,6 +20,7 @@ from engine.models.programs import as_file, is_program
 
 # Roles of the description of a job's models that are not models.
 _OTHER_ROLES = ("conditioning", "starts", "given", "methods", "validity")
+_ADAPTERS = "adapters"
 _ORACLES = ("oracle", "oracles")
 
 Stamps = tuple[tuple[str, int, int], ...]
@@ -32,12 +34,14 @@ class ModelCopy:
         digest: of everything that is loaded of it.
         stamps: name, bytes and time of change of each file.
         is_oracle: whether its digest is that of `oracle_digest`.
+        is_adapter: whether its digest is that of `adapter_digest`.
     """
 
     address: str
     digest: str
     stamps: Stamps
     is_oracle: bool = False
+    is_adapter: bool = False
 
 
 def model_copies(described: Mapping[str, Any]) -> tuple[ModelCopy, ...]:
@@ -50,6 +54,9 @@ def model_copies(described: Mapping[str, Any]) -> tuple[ModelCopy, ...]:
     for role, entries in described.items():
         for entry in entries if isinstance(entries, list) else [entries]:
             address = entry.get("address", "")
+            if role == _ADAPTERS:
+                copies[address] = ModelCopy(address, entry["digest"], _adapter_stamps(address), is_adapter=True)
+                continue
             if role in _OTHER_ROLES or not address or (is_program(address) and as_file(address) is None):
                 continue
             copies.setdefault(address, ModelCopy(address, entry["digest"], _stamps(address), role in _ORACLES))
@@ -67,9 +74,9 @@ def check_copies(copies: Sequence[ModelCopy], machine: str) -> None:
     """
     problems = []
     for copy in copies:
-        if _stamps(copy.address) == copy.stamps:
+        if (_adapter_stamps if copy.is_adapter else _stamps)(copy.address) == copy.stamps:
             continue
-        digest = (oracle_digest if copy.is_oracle else model_digest)(copy.address)
+        digest = _digest(copy)
         if digest != copy.digest:
             problems.append(
                 f"'{copy.address}' on machine {machine} has the digest {digest}, and {copy.digest} where the run was"
@@ -86,6 +93,17 @@ def _stamps(address: str) -> Stamps:
         root = resolve(address)
         files = loaded_files(root)
     return tuple(sorted(_stamp(root, file) for file in files if file.is_file()))
+
+
+def _digest(copy: ModelCopy) -> str:
+    if copy.is_adapter:
+        return adapter_digest(copy.address)
+    return (oracle_digest if copy.is_oracle else model_digest)(copy.address)
+
+
+def _adapter_stamps(address: str) -> Stamps:
+    path = adapter_file(address)
+    return (_stamp(path.parent, path),)
 
 
 def _stamp(root: Path, file: Path) -> tuple[str, int, int]:

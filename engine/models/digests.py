@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.errors import JobError
 from engine.job.spec import JobSpec
+from engine.models.adapters import adapter_identity
 from engine.models.addresses import resolve
 from engine.models.configurations import CONFIGURATION_PATTERNS, PIPELINE_INDEX, part_classes
 from engine.models.independence import check_independent
@@ -86,6 +87,8 @@ def model_digests(job: JobSpec, *, of_existing_run: bool = False) -> dict[str, A
         **({"oracles": [*map(of_oracle, models.oracles)]} if models.oracles else {}),
         **({"further_targets": [*map(of, models.further_targets)]} if models.further_targets else {}),
         **({"guidance_decoder": of(models.guidance_decoder)} if models.guidance_decoder else {}),
+        **({"adapters": [*map(adapter_identity, models.adapters)]} if models.adapters else {}),
+        **({"vae": of(models.vae)} if models.vae else {}),
         # A checker's weights are in the digest of its pipeline.
         **({"safety_checker": "off"} if models.safety_checker == "off" else {}),
     }

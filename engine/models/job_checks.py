@@ -9,6 +9,7 @@ from pathlib import Path
 from engine.errors import JobError
 from engine.job.oracles import oracle_fields
 from engine.job.spec import JobSpec, ModelsSpec
+from engine.models.adapters import adapter_problems
 from engine.models.addresses import locate
 from engine.models.artefacts import artefact_problems
 from engine.models.calibration import calibration_problems
@@ -24,6 +25,7 @@ from engine.models.pipelines.lookup import check_pipeline, check_pipeline_weight
 from engine.models.pipelines.parts import has_configurations
 from engine.models.program_description import check_program
 from engine.models.programs import is_program
+from engine.models.vae_checks import check_vae, check_vae_weights, vae_problem
 from engine.models.validity import validity_problems
 
 # Field of the job, address of the model, and the check of its folder: `check(folder, address)`.
@@ -115,6 +117,8 @@ def _roles(job: JobSpec) -> Iterator[_Role]:
         yield "models.judge", models.judge, _check_clip
     if models.guidance_decoder:
         yield "models.guidance_decoder", models.guidance_decoder, check_decoder
+    if models.vae:
+        yield "models.vae", models.vae, check_vae
     for number, request in enumerate(job.requests):
         if request.diffusion:
             yield f"{job.where(number)}.diffusion", request.diffusion, check_diffusion
@@ -157,6 +161,7 @@ def _pair_problems(job: JobSpec) -> list[str]:
         *_independence_problems(job),
         *_request_problems(job),
         *_decoder_problems(job),
+        *_replacement_problems(job),
         *_decoder_precision_problems(job),
     ]
 
@@ -195,11 +200,23 @@ def _decoder_problems(job: JobSpec) -> list[str]:
     return problems
 
 
+def _replacement_problems(job: JobSpec) -> list[str]:
+    """Adapters and a VAE that do not go with every diffusion model."""
+    models, problems = job.models, list[str]()
+    vae = locate(models.vae).folder if models.vae else None
+    for pipeline in sorted({request.diffusion or models.diffusion for request in job.requests}):
+        if folder := _pipeline_folder(pipeline):
+            problems += [f"models.{problem}" for problem in adapter_problems(models.adapters, folder, pipeline)]
+            if vae and (problem := vae_problem(models.vae or "", vae, folder, pipeline)):
+                problems.append(f"models.vae: {problem}")
+    return list(dict.fromkeys(problems))
+
+
 def _decoder_precision_problems(job: JobSpec) -> list[str]:
     """Decoders that guidance would differentiate in float16, where their values overflow."""
     if job.runtime.decoder_precision != "fp16":
         return []
-    if address := job.models.guidance_decoder:
+    if (address := job.models.guidance_decoder) or (address := job.models.vae):
         decoders = {address: locate(address).folder}
     else:
         folders = {pipeline: _pipeline_folder(pipeline) for pipeline in _guided_pipelines(job)}
@@ -230,6 +247,8 @@ def _weights_problems(job: JobSpec) -> list[str]:
     roles: list[_Role] = [("models.diffusion", job.models.diffusion, check)]
     if job.models.guidance_decoder:
         roles.append(("models.guidance_decoder", job.models.guidance_decoder, check_decoder_weights))
+    if job.models.vae:
+        roles.append(("models.vae", job.models.vae, check_vae_weights))
     roles += [
         (f"{job.where(number)}.diffusion", request.diffusion, check)
         for number, request in enumerate(job.requests)

@@ -50,6 +50,15 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return {name: tensor for path in chosen for name, tensor in _header(path)}
 
 
+def tensors_in(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file of safetensors, by name.
+
+    Raises:
+        JobError: it is damaged.
+    """
+    return dict(_header(path))
+
+
 def _unsharded(variant: str | None) -> str:
     return f"model.{variant}.safetensors" if variant else "model.safetensors"
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 # Share of a GPU's memory that the network's graph of a batch may take before activations are recomputed.
 NETWORK_GRAPH_SHARE = 0.5
+ChangeParts = Callable[[dict[str, Any]], None]
 # Names of noise: of the first latents, and on image embeddings.
 LATENTS, EMBEDDINGS = "latents", "embeddings"
 
@@ -86,12 +87,17 @@ class Pipeline(ABC):
         class_name: the pipeline's class in diffusers.
         embedding_parts: the parts that decide the image embeddings which it is conditioned on; empty if it takes none.
         trained_part: the part that holds the network, which fine-tuning replaces; empty where it cannot be fine-tuned.
+        lora_prefixes: parts that LoRA weights may change, and how the names of these begin; none where it takes none.
+        embedding_encoder: the text encoder whose words textual inversions add to those of `tokenizer`; empty where it
+            takes none.
         decoder: of latents to images, for stored images and for guidance.
     """
 
     class_name: ClassVar[str]
     embedding_parts: ClassVar[tuple[str, ...]] = ()
     trained_part: ClassVar[str] = ""
+    lora_prefixes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    embedding_encoder: ClassVar[str] = ""
 
     def __init__(
         self, *, network: Any, vae: Any, hardware: Hardware, folder: Path, safety_checker: SafetyChecker | None
@@ -206,13 +212,24 @@ class Pipeline(ABC):
     # Loading.
 
     @classmethod
-    @abstractmethod
-    def load(cls, folder: Path, hardware: Hardware, *, checks_safety: bool) -> Pipeline:
+    def load(cls, folder: Path, hardware: Hardware, *, checks_safety: bool, change: ChangeParts | None = None) -> Self:
         """Load a folder that `check` lets through, from safetensors.
+
+        Args:
+            change: changes the parts that were loaded, by their names, before they are put together.
 
         Raises:
             ValueError: weights are missing; or what the libraries raise on a broken file.
         """
+        parts = cls.load_parts(folder, hardware, checks_safety=checks_safety)
+        if change is not None:
+            change(parts)
+        return cls(**parts)
+
+    @classmethod
+    @abstractmethod
+    def load_parts(cls, folder: Path, hardware: Hardware, *, checks_safety: bool) -> dict[str, Any]:
+        """The arguments of the constructor, from a folder: parts by their names, but for `network`."""
 
     @classmethod
     def load_image_encoder(cls, folder: Path, device: str) -> ImageEncoder:

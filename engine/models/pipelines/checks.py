@@ -84,8 +84,8 @@ def adapter_problem(folder: Path) -> str:
         for path in sorted(where.iterdir()) if where.is_dir() else []:
             if _ADAPTERS.fullmatch(path.name):
                 return (
-                    f"has the weights of an adapter ({path.relative_to(folder)}), which would not be applied; fuse them"
-                    " with diffusers (load_lora_weights, fuse_lora, save_pretrained), or move the file elsewhere"
+                    f"has the weights of an adapter ({path.relative_to(folder)}), which would not be applied; move"
+                    " the file elsewhere, and name LoRA weights in models.adapters"
                 )
     return ""
 

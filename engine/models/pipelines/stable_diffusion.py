@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine.errors import JobError
 from engine.methods.config_values import is_integer, shown
@@ -69,6 +69,11 @@ class StableDiffusion(Pipeline):
 
     class_name = "StableDiffusionPipeline"
     trained_part = "unet"
+    lora_prefixes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "unet": ("unet.", "lora_unet_"),
+        "text_encoder": ("text_encoder.", "lora_te_"),
+    }
+    embedding_encoder = "text_encoder"
     is_corrected: ClassVar[bool] = True
     required: ClassVar[Classes] = {
         "unet": ("UNet2DConditionModel",),
@@ -240,11 +245,6 @@ class StableDiffusion(Pipeline):
         size = OLD_SAMPLE_SIZE if cls.is_corrected and is_old_size(unet) else unet["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
         return int(height), int(width)
-
-    @classmethod
-    def load(cls, folder: Path, hardware: Hardware, *, checks_safety: bool) -> Self:
-        """Load all parts; see `Pipeline.load`."""
-        return cls(**cls.load_parts(folder, hardware, checks_safety=checks_safety))
 
     @classmethod
     def load_parts(cls, folder: Path, hardware: Hardware, *, checks_safety: bool) -> dict[str, Any]:

@@ -92,6 +92,10 @@ def check_loop(job: LoopJob) -> list[str]:
     with _collected(problems, "generator.job."):
         check_addresses(job.job)
     with _collected(problems, "generator.job."):
+        if job.job.models.adapters or job.job.models.vae:
+            field = "adapters" if job.job.models.adapters else "vae"
+            raise JobError(f"models.{field}: a loop fine-tunes the pipeline as its folder has it; leave it out")
+    with _collected(problems, "generator.job."):
         check_hardware(job.job, is_local=False)
     with _collected(problems, "generator.job."):
         if missing := missing_artefacts(job.job):
