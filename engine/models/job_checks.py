@@ -25,6 +25,7 @@ from engine.models.pipelines.lookup import check_pipeline, check_pipeline_weight
 from engine.models.pipelines.parts import has_configurations
 from engine.models.program_description import check_program
 from engine.models.programs import is_program
+from engine.models.single_files import single_file_problem
 from engine.models.vae_checks import check_vae, check_vae_weights, vae_problem
 from engine.models.validity import validity_problems
 
@@ -99,6 +100,8 @@ def _problems(field: str, address: str, check: Callable[[Path, str], None]) -> l
         elif (folder := locate(address).folder) is not None:
             check(folder, address)
     except JobError as error:
+        if field.endswith("diffusion") and (problem := single_file_problem(address)):
+            return [f"{field}: {problem}"]
         return [f"{field}: {problem}" for problem in error.problems]
     return []
 
