@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import diffusers
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -27,19 +26,24 @@ def save_lora(pipeline: Path, path: Path, seed: int = 0, rank: int = 2, parts: t
         model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=False))
         state = get_peft_model_state_dict(model)
         layers[f"{part}_lora_layers"] = {name: torch.randn_like(value) * 0.2 for name, value in state.items()}
-    diffusers.StableDiffusionPipeline.save_lora_weights(path.parent, weight_name=path.name, **layers)
+    type(reference).save_lora_weights(path.parent, weight_name=path.name, **layers)
     return path
 
 
-def as_kohya(lora: Path, path: Path, alpha: float = 1.0) -> Path:
-    """The same layers by the names of kohya's scripts, with a scale of their own."""
+def as_kohya(lora: Path, path: Path, alpha: float = 1.0, text_prefixes: tuple[str, ...] = ("lora_te_",)) -> Path:
+    """The same layers by the names of kohya's scripts, with a scale of their own.
+
+    Args:
+        text_prefixes: of the text encoders.
+    """
+    prefixes = dict(zip(("text_encoder", "text_encoder_2"), text_prefixes, strict=False)) | {"unet": "lora_unet_"}
     tensors = {}
     for name, value in load_file(lora).items():
         layer, _, end = name.removesuffix(".weight").rpartition(".lora_" if ".lora_" in name else ".lora.")
-        prefix = "lora_unet_" if layer.startswith("unet.") else "lora_te_"
-        layer = prefix + layer.partition(".")[2].replace(".", "_")
-        if prefix == "lora_te_" and "text_model" not in layer:
-            layer = layer.replace("lora_te_", "lora_te_text_model_")
+        part, _, layer = layer.partition(".")
+        if part != "unet" and not layer.startswith("text_model"):
+            layer = f"text_model.{layer}"
+        layer = prefixes[part] + layer.replace(".", "_")
         kind = {"A": "down", "B": "up", "linear_layer.down": "down", "linear_layer.up": "up"}.get(end, end)
         tensors[f"{layer}.lora_{kind}.weight"] = value
         tensors[f"{layer}.alpha"] = torch.tensor(alpha)

@@ -18,7 +18,16 @@ from engine.models.diffusion import load_pipeline
 from engine.models.digests import model_digest, model_digests
 from engine.models.job_checks import check_addresses
 from tests.adapter_cases import as_kohya, save_embedding, save_lora
-from tests.tiny_pipelines import VAE, by_diffusers, by_engine, edit, job_of, load_reference, save_pipeline
+from tests.tiny_pipelines import (
+    VAE,
+    by_diffusers,
+    by_engine,
+    edit,
+    job_of,
+    load_reference,
+    save_pipeline,
+    save_xl_pipeline,
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +43,17 @@ def home(tmp_path_factory):
     return home
 
 
-def models_of(home, *adapters, **more):
-    return ModelsSpec(diffusion=str(home / "pipeline"), clip="c", target="t", adapters=adapters, **more)
+def models_of(home, *adapters, pipeline="pipeline", **more):
+    return ModelsSpec(diffusion=str(home / pipeline), clip="c", target="t", adapters=adapters, **more)
 
 
 def adapter(home, name, **more):
     return AdapterSpec(address=str(home / f"{name}.safetensors"), **more)
 
 
-def by_engine_with(home, hardware, *adapters, prompts=None, **more):
-    model = load_pipeline(str(home / "pipeline"), hardware, models=models_of(home, *adapters, **more))
+def by_engine_with(home, hardware, *adapters, prompts=None, pipeline="pipeline", **more):
+    models = models_of(home, *adapters, pipeline=pipeline, **more)
+    model = load_pipeline(str(home / pipeline), hardware, models=models)
     return by_engine(model, 3, scheduler="model", **({"prompts": prompts} if prompts else {}))
 
 
@@ -61,6 +71,23 @@ def test_images_with_loras_are_those_of_diffusers(home, hardware, names, weights
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
     # They do change the images.
     assert (images - by_engine_with(home, hardware)).abs().max() > 1e-3
+
+
+def test_images_of_xl_with_loras_are_those_of_diffusers(home, hardware):
+    """LoRA weights of the UNet and both text encoders, in diffusers' and in kohya's names; it takes no new words."""
+    folder = save_xl_pipeline(home / "xl")
+    save_lora(folder, home / "xl-lora.safetensors", parts=("unet", "text_encoder", "text_encoder_2"))
+    as_kohya(home / "xl-lora.safetensors", home / "xl-kohya.safetensors", text_prefixes=("lora_te1_", "lora_te2_"))
+    plain = by_engine_with(home, hardware, pipeline="xl")
+    for name in ("xl-lora", "xl-kohya"):
+        reference = load_reference(folder)
+        reference.load_lora_weights(home, weight_name=f"{name}.safetensors", adapter_name="one")
+        reference.set_adapters(["one"], [0.6])
+        images = by_engine_with(home, hardware, adapter(home, name, weight=0.6), pipeline="xl")
+        torch.testing.assert_close(images, by_diffusers(reference, 3), rtol=0, atol=1e-5)
+        assert (images - plain).abs().max() > 1e-3
+    with pytest.raises(JobError, match=r"models\.adapters\.0"):
+        check_addresses(job_of(folder, adapters=[{"address": str(home / "cat.safetensors")}]))
 
 
 def test_images_of_new_words_are_those_of_diffusers(home, hardware):

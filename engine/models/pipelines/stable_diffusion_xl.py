@@ -36,6 +36,13 @@ class StableDiffusionXL(StableDiffusion):
     """Pipelines of diffusers' class `StableDiffusionXLPipeline`."""
 
     class_name = "StableDiffusionXLPipeline"
+    lora_prefixes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "unet": ("unet.", "lora_unet_"),
+        "text_encoder": ("text_encoder.", "lora_te1_"),
+        "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
+    }
+    # A word would need a vector of each encoder.
+    embedding_encoder = ""
     is_corrected = False
     required: ClassVar[Classes] = {
         **StableDiffusion.required,
