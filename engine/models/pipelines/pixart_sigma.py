@@ -171,24 +171,24 @@ class PixArtSigma(Pipeline):
         return lambda latents: transformer(latents, timestep=timestep, return_dict=False, **inputs)[0]
 
     @classmethod
-    def load(cls, folder: Path, hardware: Hardware, *, checks_safety: bool) -> PixArtSigma:
-        """Load all parts; see `Pipeline.load`."""
+    def load_parts(cls, folder: Path, hardware: Hardware, *, checks_safety: bool) -> dict[str, Any]:
+        """The arguments of the constructor, from a folder."""
         import torch
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
         from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 
         dtype = getattr(torch, hardware.dtype)
         encoder, tokenizer = load_t5(folder, "text_encoder", "tokenizer", dtype)
-        return cls(
-            network=load_part(PixArtTransformer2DModel, folder / _TRANSFORMER, torch_dtype=dtype),
+        return {
+            "network": load_part(PixArtTransformer2DModel, folder / _TRANSFORMER, torch_dtype=dtype),
             # The decoder stays in float32: in half precision some overflow, and gradients below 1e-7 vanish.
-            vae=load_part(AutoencoderKL, folder / "vae", torch_dtype=torch.float32),
-            text_encoder=encoder,
-            tokenizer=tokenizer,
-            scheduler=cls.read_scheduler(folder),
-            hardware=hardware,
-            folder=folder,
-        )
+            "vae": load_part(AutoencoderKL, folder / "vae", torch_dtype=torch.float32),
+            "text_encoder": encoder,
+            "tokenizer": tokenizer,
+            "scheduler": cls.read_scheduler(folder),
+            "hardware": hardware,
+            "folder": folder,
+        }
 
     @property
     def own_latent_shape(self) -> tuple[int, int, int]:

@@ -199,8 +199,8 @@ class StableDiffusion3(Pipeline):
         return lambda latents: transformer(latents, timestep=timestep, return_dict=False, **inputs)[0]
 
     @classmethod
-    def load(cls, folder: Path, hardware: Hardware, *, checks_safety: bool) -> StableDiffusion3:
-        """Load all parts; see `Pipeline.load`."""
+    def load_parts(cls, folder: Path, hardware: Hardware, *, checks_safety: bool) -> dict[str, Any]:
+        """The arguments of the constructor, from a folder."""
         import torch
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
         from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
@@ -208,22 +208,22 @@ class StableDiffusion3(Pipeline):
         from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
         dtype = getattr(torch, hardware.dtype)
-        return cls(
-            network=load_part(SD3Transformer2DModel, folder / _TRANSFORMER, torch_dtype=dtype),
+        return {
+            "network": load_part(SD3Transformer2DModel, folder / _TRANSFORMER, torch_dtype=dtype),
             # The decoder stays in float32: in half precision some overflow, and gradients below 1e-7 vanish.
-            vae=load_part(AutoencoderKL, folder / "vae", torch_dtype=torch.float32),
-            clips=[
+            "vae": load_part(AutoencoderKL, folder / "vae", torch_dtype=torch.float32),
+            "clips": [
                 (
                     load_part(CLIPTextModelWithProjection, folder / encoder, dtype=dtype),
                     CLIPTokenizer.from_pretrained(folder / tokenizer, local_files_only=True),
                 )
                 for encoder, tokenizer in _CLIPS
             ],
-            t5=load_t5(folder, _T5, _T5_TOKENIZER, dtype) if _T5 in part_classes(folder) else None,
-            scheduler=cls.read_scheduler(folder),
-            hardware=hardware,
-            folder=folder,
-        )
+            "t5": load_t5(folder, _T5, _T5_TOKENIZER, dtype) if _T5 in part_classes(folder) else None,
+            "scheduler": cls.read_scheduler(folder),
+            "hardware": hardware,
+            "folder": folder,
+        }
 
     @property
     def own_latent_shape(self) -> tuple[int, int, int]:
