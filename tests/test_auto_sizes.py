@@ -123,7 +123,7 @@ def card(name, gib, share):
     # Measured once, not for every card.
     decoder._footprints |= {(torch.float32, shape): exact, (torch.bfloat16, shape): half}
     rows = decoder.decoding(shape, "bfloat16").slice_rows
-    stored = decoder._forward_rows(shape)
+    stored = decoder.forward_rows(shape)
     return Card(
         network=network, exact=exact, half=half, latents=shape, slice_rows=rows, stored_rows=stored, memory=memory
     )

@@ -20,10 +20,10 @@ from engine.generation.decoder_advice import (
     PRICE_FILE,
     TAESD,
     TAESDXL,
-    _tiny_decoder,
     advice_lines,
     decoder_advice,
     read_price,
+    tiny_decoder,
 )
 from engine.job.parsing import parse_job
 from engine.job.spec import JobSpec
@@ -137,7 +137,7 @@ def test_taesd_is_named_for_the_autoencoder_that_it_was_made_for(
     config = json.loads((folder / "vae/config.json").read_text())
     config.pop("scaling_factor")
     (folder / "vae/config.json").write_text(json.dumps(config | changes))
-    address, decoder = _tiny_decoder("owner/stable-diffusion", folder)
+    address, decoder = tiny_decoder("owner/stable-diffusion", folder)
     assert address == name
     default = AutoencoderTiny().config
     assert decoder == {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import textwrap
 from collections.abc import Sequence
 from functools import partial
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from engine.studies.prepare.program import Prepared
 
 MAX_LINE_CHARS = 100
+DEFAULT_GPU_MEMORY = "24GB"
 
 
 def plan(
@@ -69,6 +71,12 @@ def plan(
             " as they are scored (8-bit images).",
         ),
     ] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Estimate what fits a GPU, by configurations alone; no GPU is needed.")
+    ] = False,
+    gpu_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of the GPU, such as 24GB (GiB); requires --memory.")
+    ] = None,
     date: DateOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -77,7 +85,13 @@ def plan(
         raise JobError("--calibrate: makes samples, and --validate only checks; use one of them")
     if price_per_hour is not None and not calibrate:
         raise JobError("--price-per-hour: requires measured hours; add --calibrate")
+    if gpu_memory is not None and not memory:
+        raise JobError("--gpu-memory: is what --memory compares with; add --memory")
+    gpu_bytes = _gpu_bytes(gpu_memory or DEFAULT_GPU_MEMORY)
     spec = load_job(job, set_, date=date)
+    if memory:
+        _show_memory(spec, gpu_bytes, as_json)
+        return
     if validate:
         _validate(job, spec, as_json, compares=compares)
         return
@@ -103,6 +117,29 @@ def plan(
         _print_paths(paths)
         _print_advice(spec, advice, is_counted=calibrate)
         _print_warnings(spec, paths)
+
+
+def _gpu_bytes(size: str) -> int:
+    """Bytes of a size such as `24GB`, which sellers of GPUs mean as GiB."""
+    match = re.fullmatch(r"(\d{1,4}(?:\.\d+)?) ?(?:GB|GiB|G)", size, re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise JobError(f"--gpu-memory: '{size}' is not a size; give gigabytes, such as 24GB")
+    return int(float(match[1]) * 2**30)
+
+
+def _show_memory(job: JobSpec, memory_bytes: int, as_json: bool) -> None:
+    from engine.generation.memory_plan import memory_fields, memory_lines
+    from engine.models.job_checks import check_addresses
+    from engine.models.library_logging import quiet_libraries
+
+    check_addresses(job, with_artefacts=False)
+    quiet_libraries()
+    fields = memory_fields(job, memory_bytes)
+    if as_json:
+        print_json({"gpu_memory_bytes": memory_bytes, "requests": fields})
+        return
+    for line in memory_lines(fields, memory_bytes):
+        print(line)
 
 
 DataOption = Annotated[

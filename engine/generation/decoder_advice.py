@@ -96,7 +96,7 @@ def _counted(pipeline: str, folder: Path, latents: tuple[int, int]) -> tuple[str
     Returns:
         None for a family of pipelines whose arithmetic is not counted.
     """
-    address, config = _tiny_decoder(pipeline, folder)
+    address, config = tiny_decoder(pipeline, folder)
     full = count_folder(folder, latents)
     return None if full is None else (address, full, behind_tiny(full, folder, config, latents))
 
@@ -108,7 +108,7 @@ def _latents(job: JobSpec, request: RequestSpec, folder: Path, address: str) -> 
     return height // scale, width // scale
 
 
-def _tiny_decoder(pipeline: str, folder: Path) -> tuple[str, dict[str, Any]]:
+def tiny_decoder(pipeline: str, folder: Path) -> tuple[str, dict[str, Any]]:
     """Address and configuration of an `AutoencoderTiny` for a pipeline.
 
     Returns:

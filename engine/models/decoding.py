@@ -52,7 +52,7 @@ class Decoder:
 
     def in_slices(self, call: Callable[[Tensor], Tensor], values: Tensor, latent_shape: tuple[int, ...]) -> Tensor:
         """Results of a call with all rows of `values`, in slices that pass no limit of kernels, and fit the memory."""
-        most = None if self._hardware.is_cpu else self._forward_rows(latent_shape)
+        most = None if self._hardware.is_cpu else self.forward_rows(latent_shape)
         results = [call(values[part]) for part in even_slices(len(values), most)]
         return results[0] if len(results) == 1 else torch.cat(results)
 
@@ -108,7 +108,7 @@ class Decoder:
         # Most autoencoders have none: null, or 0.
         return unscaled(latents + config.shift_factor if config.get("shift_factor") else latents) / 2 + 0.5
 
-    def _forward_rows(self, latent_shape: tuple[int, ...]) -> int:
+    def forward_rows(self, latent_shape: tuple[int, ...]) -> int:
         """Rows of a slice in float32 that keeps no graph."""
         largest_bytes = self._footprint(torch.float32, latent_shape).largest_elements * torch.float32.itemsize
         fitting = int(FORWARD_SHARE * device_memory(self._hardware) // (ALIVE_TENSORS * largest_bytes))

@@ -164,6 +164,14 @@ class Pipeline(ABC):
         """Height and width of the images of a folder that `check` lets through, in pixels."""
 
     @classmethod
+    def network_inputs(cls, folder: Path, device: str) -> Callable[[int], Mapping[str, Any]] | None:
+        """Inputs of the network next to latents and timestep, without values, for a number of rows.
+
+        None where a family's memory is not estimated before it is loaded.
+        """
+        return None
+
+    @classmethod
     def size_factor(cls, folder: Path) -> int:
         """Pixels that the sides of an image must be multiples of, of a folder that `check` lets through."""
         return cls.latent_space(folder).pixels_per_latent

@@ -234,6 +234,21 @@ class StableDiffusion(Pipeline):
         )
 
     @classmethod
+    def network_inputs(cls, folder: Path, device: str) -> Callable[[int], Mapping[str, Any]] | None:
+        """Text embeddings; class labels where the UNet takes image embeddings."""
+        import torch
+
+        text, unet = text_config(folder / "text_encoder"), read_config(folder / "unet" / "config.json")
+        tokens, width = text.get("max_position_embeddings", 77), text.get("hidden_size", 512)
+        labels = unet.get("projection_class_embeddings_input_dim")
+
+        def inputs(rows: int) -> dict[str, Any]:
+            more = {"class_labels": torch.empty(rows, labels, device=device)} if labels else {}
+            return {TEXT: torch.empty(rows, tokens, width, device=device)} | more
+
+        return inputs
+
+    @classmethod
     def image_size(cls, folder: Path) -> tuple[int, int]:
         """Height and width of its images, in pixels."""
         height, width = cls._latent_size(read_config(folder / "unet" / "config.json"))

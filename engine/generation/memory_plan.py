@@ -1,0 +1,195 @@
+"""What of a job fits into a GPU's memory, by configurations alone: precision, checkpointing, tiny decoder, batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+from engine.errors import JobError
+from engine.generation.batching import MEMORY_SHARE, useful_size
+from engine.generation.decoder_advice import tiny_decoder
+from engine.job.spec import JobSpec, RequestSpec
+from engine.models.addresses import locate
+from engine.models.configurations import read_config
+from engine.models.decoding import Decoder
+from engine.models.hardware import Hardware
+from engine.models.memory_model import META
+from engine.models.peak_memory import StepParts, step_peak
+from engine.models.pipelines.lookup import family_of, request_image_size
+from engine.models.pipelines.parts import has_configurations
+
+GIB = 2**30
+NUM_CHORDS = 4
+DTYPES = {"fp16": "float16", "fp32": "float32"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """A way to sample a request.
+
+    Attributes:
+        precision: of the network, and of the decoder that guidance differentiates.
+        checkpointing: whether activations are recomputed.
+        tiny_decoder: whether guidance looks through a tiny decoder.
+        weight_bytes: of network and decoders.
+        row_bytes: at the peak of a batch of one, above the weights.
+        batch: a batch that fits, no larger than is of use (`useful_size`); 0 where not even one sample does.
+    """
+
+    precision: str
+    checkpointing: bool
+    tiny_decoder: bool
+    weight_bytes: int
+    row_bytes: int
+    batch: int
+
+
+def memory_plan(job: JobSpec, request: RequestSpec, memory_bytes: int) -> list[Fit]:
+    """What fits of a request, every combination of precision, checkpointing and decoder that its method can have.
+
+    Raises:
+        JobError: the configurations of its pipeline are not here, or its family is not estimated.
+    """
+    address = request.diffusion or job.models.diffusion
+    folder = locate(address).folder
+    if folder is None or not has_configurations(folder):
+        raise JobError(f"--memory: the configurations of '{address}' are not on this machine; download them first")
+    family, is_guided = family_of(folder, address), request.method_record.is_guided
+    if family.network_inputs(folder, META) is None:
+        raise JobError(f"--memory: the memory of a {family.class_name} is not estimated; run a small job instead")
+    decoders = ([True] if job.models.guidance_decoder else [False, True]) if is_guided else [False]
+    switches = [False, True] if is_guided else [False]
+    return [
+        _fit(job, request, folder, address, memory_bytes, precision, checkpointing, tiny)
+        for precision, checkpointing, tiny in itertools.product(DTYPES, switches, decoders)
+    ]
+
+
+def _fit(
+    job: JobSpec, request: RequestSpec, folder: Path, address: str, memory_bytes: int, precision: str,
+    checkpointing: bool, tiny: bool,
+) -> Fit:  # fmt: skip
+    family, sampling, parameters = family_of(folder, address), job.sampling_of(request), job.parameters_of(request)
+    latents, (height, width) = family.latent_space(folder), request_image_size(job, request, folder, address)
+    shape = (latents.channels, height // latents.pixels_per_latent, width // latents.pixels_per_latent)
+    hardware = Hardware(
+        device=META, dtype=DTYPES[precision], attention="sdpa", memory_bytes=memory_bytes,
+        gradient_checkpointing="on" if checkpointing else "off",
+    )  # fmt: skip
+    parts = _parts(folder, address, hardware, shape, is_guided=request.method_record.is_guided, tiny=tiny)
+    if checkpointing:
+        parts.network.enable_gradient_checkpointing()
+    steps = sampling.num_inference_steps
+    through = any(parameters.is_through_unet(index, steps) for index in request.steps_taken(steps))
+    halves = 2 if sampling.guidance_scale > 1 else 1
+
+    def peak(rows: int) -> int:
+        return step_peak(parts, shape, rows, num_halves=halves, through_network=through)
+
+    one, available = peak(1), MEMORY_SHARE * memory_bytes - parts.weight_bytes
+    return Fit(
+        precision=precision, checkpointing=checkpointing, tiny_decoder=tiny, weight_bytes=parts.weight_bytes,
+        row_bytes=one, batch=_batch(peak, one, available, parts.slice_rows or 1, useful_size(shape[1] * shape[2])),
+    )  # fmt: skip
+
+
+def _batch(peak: Callable[[int], int], one: int, available: float, slice_rows: int, most: int) -> int:
+    """The largest batch found to fit; peaks are nearly affine up to a slice of the decoder, and beyond.
+
+    Args:
+        peak: bytes for a number of rows.
+        one: the same of a single row.
+        slice_rows: rows that are decoded at a time.
+        most: largest batch that is of use.
+    """
+    if one > available:
+        return 0
+    low, high, low_bytes, high_bytes = 1, most, one, peak(most)
+    if high_bytes <= available:
+        return most
+    if 1 < slice_rows < most:
+        if (slice_bytes := peak(slice_rows)) <= available:
+            low, low_bytes = slice_rows, slice_bytes
+        else:
+            high, high_bytes = slice_rows, slice_bytes
+    for _ in range(NUM_CHORDS):
+        guess = low + int((available - low_bytes) / (high_bytes - low_bytes) * (high - low))
+        if guess <= low:
+            break
+        if (guess_bytes := peak(guess)) <= available:
+            low, low_bytes = guess, guess_bytes
+        else:
+            high, high_bytes = guess, guess_bytes
+    return low
+
+
+def _parts(
+    folder: Path, address: str, hardware: Hardware, shape: tuple[int, int, int], *, is_guided: bool, tiny: bool
+) -> StepParts:
+    family = family_of(folder, address)
+    inputs = family.network_inputs(folder, META)
+    assert inputs is not None
+    dtype = getattr(torch, hardware.dtype)
+    config = read_config(folder / "unet" / "config.json")
+    network = _on_meta(UNet2DConditionModel, config, dtype)
+    vae = _on_meta(AutoencoderKL, read_config(folder / "vae" / "config.json"), torch.float32)
+    if not is_guided:
+        return StepParts(
+            network=network,
+            inputs=_cast(inputs, dtype),
+            vae=vae,
+            slice_rows=Decoder(vae, hardware).forward_rows(shape),
+        )
+    guide = vae
+    if tiny:
+        guide = _on_meta(AutoencoderTiny, tiny_decoder(address, folder)[1], dtype)
+    elif dtype != torch.float32:
+        guide = _on_meta(AutoencoderKL, read_config(folder / "vae" / "config.json"), dtype)
+        # As the engine's copy in half precision, which has no encoder.
+        del guide.encoder
+    if hardware.gradient_checkpointing == "on" and not tiny:
+        guide.enable_gradient_checkpointing()
+    rows = Decoder(guide if tiny else vae, hardware).decoding(shape, hardware.dtype).slice_rows
+    return StepParts(network=network, inputs=_cast(inputs, dtype), vae=vae, guide=guide, slice_rows=rows)
+
+
+def _cast(inputs: Any, dtype: torch.dtype) -> Any:
+    return lambda rows: {name: value.to(dtype) for name, value in inputs(rows).items()}
+
+
+def _on_meta(kind: Any, config: dict[str, Any], dtype: torch.dtype) -> Any:
+    with torch.device(META):
+        model = kind.from_config(config)
+    return torch.nn.Module.to(model, dtype).requires_grad_(False).eval()
+
+
+def memory_fields(job: JobSpec, memory_bytes: int) -> list[dict[str, Any]]:
+    """The estimates of all requests, as `plan --memory --json` has them; equal ones are computed once."""
+    return [
+        {"request": request.name, "fits": [dataclasses.asdict(fit) for fit in memory_plan(job, request, memory_bytes)]}
+        for request in job.requests
+    ]
+
+
+def memory_lines(fields: list[dict[str, Any]], memory_bytes: int) -> list[str]:
+    """The estimates in words."""
+    lines = [f"a GPU of {memory_bytes / GIB:.0f} GiB, of which {MEMORY_SHARE:.0%} are used; nothing was run"]
+    for entry in fields:
+        for fit in entry["fits"]:
+            switches = [fit["precision"], f"checkpointing {'on' if fit['checkpointing'] else 'off'}"]
+            switches += ["tiny decoder"] if fit["tiny_decoder"] else []
+            batch = f"batch {fit['batch']}" if fit["batch"] else "does not fit"
+            lines.append(
+                f"{entry['request']}: {', '.join(switches)}: {batch} ({fit['weight_bytes'] / GIB:.2f} GiB of weights,"
+                f" {fit['row_bytes'] / GIB:.2f} GiB for a batch of 1)"
+            )
+    return lines

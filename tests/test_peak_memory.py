@@ -1,0 +1,136 @@
+"""Peaks that are counted on `meta`: those that torch measures with real weights, and what follows for a job."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from engine.commands.jobs import _gpu_bytes, _show_memory, plan
+from engine.errors import JobError
+from engine.generation.memory_plan import _batch, memory_plan
+from engine.models.addresses import resolve
+from engine.models.memory_model import on_meta
+from engine.models.peak_memory import StepParts, denoising_step, step_peak
+from tests.tiny_pipelines import job_of, save_pipeline
+
+GIB = 2**30
+
+
+def parts_of(network, vae, device, **more):
+    width = network.config.cross_attention_dim
+    text = {"encoder_hidden_states": (32, width)}
+    return StepParts(
+        network=network,
+        inputs=lambda rows: {name: torch.zeros(rows, *shape, device=device) for name, shape in text.items()},
+        vae=vae,
+        **more,
+    )
+
+
+@pytest.mark.parametrize(("is_guided", "through"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("slice_rows", [None, 4])
+def test_peaks_are_those_that_are_measured(diffusion, is_guided, through, slice_rows):
+    """With real weights on a CPU, within 15 percent: a step forward, and with both kinds of gradients."""
+    rows = 8
+    network, vae = diffusion._network, diffusion._vae
+    real = parts_of(network, vae, "cpu", guide=vae if is_guided else None, slice_rows=slice_rows)
+    latents = torch.randn(rows, *diffusion.latent_shape)
+
+    def step():
+        held = latents.clone()
+        denoising_step(real, held, num_halves=2, through_network=through)
+        with torch.no_grad():
+            for part in range(0, rows, slice_rows or rows):
+                vae.decode(held[part : part + (slice_rows or rows)])
+
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]"]
+    measured = max(itertools.accumulate(one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())))
+    fake, fake_vae = on_meta(network, torch.float32), on_meta(vae, torch.float32)
+    parts = parts_of(fake, fake_vae, "meta", guide=fake_vae if is_guided else None, slice_rows=slice_rows)
+    estimate = step_peak(parts, diffusion.latent_shape, rows, num_halves=2, through_network=through)
+    assert estimate == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_peaks_are_those_of_a_gpu(diffusion):
+    """The same against `torch.cuda.max_memory_allocated`."""
+    import copy
+
+    network, vae = copy.deepcopy(diffusion._network).cuda(), copy.deepcopy(diffusion._vae).cuda()
+    latents = torch.randn(64, *diffusion.latent_shape, device="cuda")
+    real = parts_of(network, vae, "cuda", guide=vae)
+    denoising_step(real, latents, num_halves=2, through_network=True)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    denoising_step(real, latents, num_halves=2, through_network=True)
+    measured = torch.cuda.max_memory_allocated() - before
+    fake, fake_vae = on_meta(diffusion._network, torch.float32), on_meta(diffusion._vae, torch.float32)
+    parts = parts_of(fake, fake_vae, "meta", guide=fake_vae)
+    assert step_peak(parts, diffusion.latent_shape, 64, num_halves=2, through_network=True) == pytest.approx(
+        measured, rel=0.15
+    )
+
+
+@pytest.mark.slow
+def test_what_fits_follows_from_memory_and_precision(tmp_path):
+    folder = save_pipeline(tmp_path / "pipeline")
+    plain = job_of(folder)
+    half, single = memory_plan(plain, plain.requests[0], 2**24)
+    assert (half.precision, single.precision) == ("fp16", "fp32") and half.batch > single.batch > 1
+    assert half.weight_bytes < single.weight_bytes
+    assert [fit.batch for fit in memory_plan(plain, plain.requests[0], 2**10)] == [0, 0]
+
+
+@pytest.mark.slow
+def test_what_fits_of_a_guided_request(tmp_path):
+    """Checkpointing and half precision never make the batch smaller; larger images do."""
+    folder, sampling = save_pipeline(tmp_path / "pipeline"), {"num_inference_steps": 4}
+    job = job_of(folder, method="boundary", sampling=sampling)
+    large = job_of(folder, method="boundary", sampling=sampling | {"height": 64, "width": 64})
+    made = memory_plan(job, job.requests[0], 2**24)
+    fits = {(fit.precision, fit.checkpointing, fit.tiny_decoder): fit.batch for fit in made}
+    assert len(fits) == 8
+    for (precision, checkpointing, tiny), batch in fits.items():
+        assert batch <= fits[precision, True, tiny] and batch <= fits["fp16", checkpointing, tiny]
+    assert memory_plan(large, large.requests[0], 2**24)[0].batch < made[0].batch
+
+
+@pytest.mark.parametrize("available", [5, 50, 90, 400, 900, 10_000])
+def test_the_batch_is_the_largest_that_fits(available):
+    """Where rows up to a slice take more than those beyond it: within a row of the search through all."""
+
+    def peak(rows):
+        return 10 * min(rows, 8 if rows % 8 else 7) + 4 * rows
+
+    largest = max((rows for rows in range(1, 65) if peak(rows) <= available), default=0)
+    batch = _batch(peak, peak(1), available, 8, 64)
+    assert (batch == 0 or peak(batch) <= available) and largest - 3 <= batch <= largest
+
+
+def test_sizes_of_a_gpu_are_read():
+    assert _gpu_bytes("24GB") == _gpu_bytes("24 gib") == 24 * GIB and _gpu_bytes("1.5G") == 1.5 * GIB
+    for wrong in ("24", "0GB", "GB", "24MB", "1e9GB"):
+        with pytest.raises(JobError, match="--gpu-memory"):
+            _gpu_bytes(wrong)
+
+
+def test_the_command_prints_what_fits(capsys):
+    with pytest.raises(JobError, match=r"--gpu-memory: .* add --memory"):
+        plan(Path("jobs/quickstart.yaml"), gpu_memory="24GB")
+    job = job_of(resolve("zoo:digits/stable-diffusion"))
+    _show_memory(job, 2**30, as_json=True)
+    fields = json.loads(capsys.readouterr().out)
+    assert fields["gpu_memory_bytes"] == 2**30 and fields["requests"][0]["request"] == "a"
+    assert {fit["precision"] for fit in fields["requests"][0]["fits"]} == {"fp16", "fp32"}
+    _show_memory(job, 2**30, as_json=False)
+    text = capsys.readouterr().out
+    assert text.startswith("a GPU of 1 GiB") and "a: fp16, checkpointing off: batch " in text
