@@ -15,7 +15,7 @@ from engine.models.addresses import resolve
 from engine.models.diffusion import load_pipeline
 from engine.models.hardware import Hardware
 from engine.models.pipelines.base import LATENTS
-from tests.tiny_pipelines import ENCODER, PROMPTS, SEEDS, VAE, edit, load_reference, quiet
+from tests.tiny_pipelines import BETAS, ENCODER, PROMPTS, SEEDS, VAE, edit, load_reference, quiet
 
 # Of T5: letters, so that any prompt has tokens.
 LETTERS = "▁abcdefghijklmnopqrstuvwxyz"
@@ -136,7 +136,7 @@ def save_pixart(
         vae=diffusers.AutoencoderKL(**VAE | {"scaling_factor": 0.13025} | (vae or {})),
         text_encoder=t5,
         tokenizer=letters,
-        scheduler=scheduler or diffusers.DPMSolverMultistepScheduler(),
+        scheduler=scheduler or diffusers.DPMSolverMultistepScheduler(**BETAS),
     ).save_pretrained(folder)
     return folder
 
