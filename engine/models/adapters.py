@@ -19,6 +19,7 @@ from engine.job.spec import AdapterSpec
 from engine.models.configurations import read_config, reading_configuration
 from engine.models.pipelines.base import Pipeline
 from engine.models.pipelines.lookup import family_of
+from engine.models.pipelines.parts import text_config
 from engine.models.stored_tensors import StoredTensor, stored_tensors, tensors_in
 from engine.models.weight_files import has_weights
 
@@ -171,8 +172,6 @@ def _problems(
 def _embedding_problems(
     adapter: AdapterSpec, embedding: Embedding, family: type[Pipeline], folder: Path, address: str
 ) -> Iterator[str]:
-    from engine.models.pipelines.stable_diffusion import text_config
-
     if not family.embedding_encoder:
         yield f": '{address}' is a {family.class_name}, which takes no textual inversion here; leave it out"
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from engine.models.configurations import PIPELINE_INDEX, part_classes
+from engine.models.configurations import PIPELINE_INDEX, part_classes, read_config
 from engine.models.loading import whole
 from engine.models.weight_files import weights_variant
 
@@ -36,6 +36,13 @@ def has_configurations(folder: Path) -> bool:
     tokenizers = [name for name in parts if name.startswith("tokenizer")]
     files = (folder / name / configuration_file(name) for name in parts)
     return all(file.is_file() for file in files) and all(has_vocabulary(folder / name) for name in tokenizers)
+
+
+def text_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a CLIP text encoder, which may be in that of a whole CLIP model."""
+    config = read_config(folder / "config.json")
+    kind, nested = config.get("model_type", "clip_text_model"), config.get("text_config")
+    return {**nested, "model_type": kind} if isinstance(nested, dict) else config
 
 
 def load_part(kind: Any, folder: Path, **options: Any) -> Any:

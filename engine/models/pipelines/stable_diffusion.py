@@ -29,7 +29,7 @@ from engine.models.pipelines.checks import (
     tokenizer_problems,
     vae_problems,
 )
-from engine.models.pipelines.parts import FEATURE_EXTRACTOR, SAFETY_CHECKER, load_part
+from engine.models.pipelines.parts import FEATURE_EXTRACTOR, SAFETY_CHECKER, load_part, text_config
 from engine.models.pipelines.registry import what_runs
 
 if TYPE_CHECKING:
@@ -361,13 +361,6 @@ def is_old_size(unet: Mapping[str, Any]) -> bool:
 def pixels_per_latent(vae: Mapping[str, Any]) -> int:
     """Pixels of a side for each latent of an `AutoencoderKL`, by its configuration."""
     return int(2 ** (len(vae.get("block_out_channels", [64])) - 1))
-
-
-def text_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a CLIP text encoder, which may be in that of a whole CLIP model."""
-    config = read_config(folder / "config.json")
-    kind, nested = config.get("model_type", "clip_text_model"), config.get("text_config")
-    return {**nested, "model_type": kind} if isinstance(nested, dict) else config
 
 
 def _with_remedy(problems: Iterator[str]) -> Iterator[str]:

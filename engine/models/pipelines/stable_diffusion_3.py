@@ -28,9 +28,9 @@ from engine.models.pipelines.checks import (
     tokenizer_problems,
     vae_problems,
 )
-from engine.models.pipelines.parts import load_part
+from engine.models.pipelines.parts import load_part, text_config
 from engine.models.pipelines.registry import what_runs
-from engine.models.pipelines.stable_diffusion import TEXT, pixels_per_latent, text_config
+from engine.models.pipelines.stable_diffusion import TEXT, pixels_per_latent
 from engine.models.pipelines.t5 import (
     T5_EMBEDDINGS,
     T5_ENCODERS,

@@ -16,9 +16,9 @@ from engine.models.hardware import Hardware
 from engine.models.loading import frozen
 from engine.models.pipelines.base import ImageConditioning
 from engine.models.pipelines.checks import IMAGE_PROCESSORS, Classes, Options, tokenizer_problems
-from engine.models.pipelines.parts import FEATURE_EXTRACTOR, load_part
+from engine.models.pipelines.parts import FEATURE_EXTRACTOR, load_part, text_config
 from engine.models.pipelines.registry import what_runs
-from engine.models.pipelines.stable_diffusion import IMAGE_ENCODERS, TEXT, StableDiffusion, text_config
+from engine.models.pipelines.stable_diffusion import IMAGE_ENCODERS, TEXT, StableDiffusion
 
 if TYPE_CHECKING:
     from torch import Tensor
