@@ -7,15 +7,10 @@ import shlex
 from pathlib import Path
 
 from engine.errors import JobError
+from engine.models.pipelines.registry import checkpoint_class
 from engine.models.stored_tensors import tensors_in
 
 _SUFFIXES = (".safetensors", ".ckpt")
-# How names of tensors of a kind begin, with the pipeline of diffusers that reads it; the first that is there decides.
-_KINDS = (
-    ("model.diffusion_model.joint_blocks.", "StableDiffusion3Pipeline"),
-    ("conditioner.embedders.1.", "StableDiffusionXLPipeline"),
-    ("", "StableDiffusionPipeline"),
-)
 
 
 def single_file_problem(address: str) -> str | None:
@@ -27,7 +22,7 @@ def single_file_problem(address: str) -> str | None:
         names = list(tensors_in(path)) if path.suffix == ".safetensors" else []
     except JobError as error:
         return f"'{address}': {error}"
-    kind = next(kind for start, kind in _KINDS if not start or any(name.startswith(start) for name in names))
+    kind = checkpoint_class(names)
     return (
         f"'{address}' is a checkpoint of one file, without the configurations of its parts; convert it once and name"
         f" the new folder: {conversion_line(path, kind)} (FOLDER is a pipeline of the same kind as diffusers saves it,"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 # Class in diffusers, and `module:class` of the family here.
@@ -20,6 +21,22 @@ NEAR: dict[str, str] = {
     "LatentConsistencyModelImg2ImgPipeline": "a latent consistency model for images alone; save it as a"
     " LatentConsistencyModelPipeline, and give images in `start`",
 }
+# How the name of a tensor begins in checkpoints of one file, and the class that reads these; the first decides.
+_CHECKPOINTS = (
+    ("model.diffusion_model.joint_blocks.", "StableDiffusion3Pipeline"),
+    ("conditioner.embedders.1.", "StableDiffusionXLPipeline"),
+    ("", "StableDiffusionPipeline"),
+)
+
+
+def checkpoint_class(names: Iterable[str]) -> str:
+    """The class of diffusers that reads a checkpoint of one file.
+
+    Args:
+        names: of its tensors; where they are not known, none.
+    """
+    known = ["", *names]
+    return next(kind for start, kind in _CHECKPOINTS if any(name.startswith(start) for name in known))
 
 
 def what_runs() -> str:
