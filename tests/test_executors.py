@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -261,7 +262,10 @@ def test_a_ray_that_is_too_late_for_itself_is_started_again(monkeypatch):
 
     def start(quiet: dict[str, Any]) -> None:
         folder = executor._cluster._folder = tempfile.mkdtemp()
-        begun.append((Path(folder), subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", folder])))
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", folder])
+        # The kernel lets `Popen` go on a moment before the process has its arguments.
+        wait_until(lambda: folder in psutil.Process(process.pid).cmdline(), "it is known by its folder")
+        begun.append((Path(folder), process))
         if len(begun) == 1:
             raise RuntimeError("The current node timed out during startup.")
 
