@@ -14,32 +14,27 @@ from engine.commands.jobs import _gpu_bytes, _show_memory, plan
 from engine.errors import JobError
 from engine.generation.memory_plan import _batch, memory_plan
 from engine.models.addresses import resolve
+from engine.models.diffusion import load_pipeline
 from engine.models.memory_model import on_meta
 from engine.models.peak_memory import StepParts, denoising_step, step_peak
-from tests.tiny_pipelines import job_of, save_pipeline
+from engine.models.pipelines.base import BareNetwork
+from tests.flow_cases import save_pixart, save_sd3
+from tests.tiny_pipelines import job_of, save_lcm_pipeline, save_pipeline, save_xl_pipeline
 
 GIB = 2**30
 
 
-def parts_of(network, vae, device, **more):
-    width = network.config.cross_attention_dim
-    text = {"encoder_hidden_states": (32, width)}
-    return StepParts(
-        network=network,
-        inputs=lambda rows: {name: torch.zeros(rows, *shape, device=device) for name, shape in text.items()},
-        vae=vae,
-        **more,
-    )
+def parts_of(model, network, vae, **more):
+    """The parts of a step with a network, whose inputs are those of its family."""
+    bare = type(model).bare_network(model.folder)
+    return StepParts(network=BareNetwork(module=network, inputs=bare.inputs), vae=vae, **more)
 
 
-@pytest.mark.parametrize(("is_guided", "through"), [(False, False), (True, False), (True, True)])
-@pytest.mark.parametrize("slice_rows", [None, 4])
-def test_peaks_are_those_that_are_measured(diffusion, is_guided, through, slice_rows):
-    """With real weights on a CPU, within 15 percent: a step forward, and with both kinds of gradients."""
-    rows = 8
-    network, vae = diffusion._network, diffusion._vae
-    real = parts_of(network, vae, "cpu", guide=vae if is_guided else None, slice_rows=slice_rows)
-    latents = torch.randn(rows, *diffusion.latent_shape)
+def step_peaks(model, rows, *, is_guided, through, slice_rows=None):
+    """Peak of a step with real weights on a CPU, and its estimate."""
+    network, vae = model._network, model._vae
+    real = parts_of(model, network, vae, guide=vae if is_guided else None, slice_rows=slice_rows)
+    latents = torch.randn(rows, *model.latent_shape)
 
     def step():
         held = latents.clone()
@@ -54,8 +49,23 @@ def test_peaks_are_those_that_are_measured(diffusion, is_guided, through, slice_
     events = [one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]"]
     measured = max(itertools.accumulate(one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())))
     fake, fake_vae = on_meta(network, torch.float32), on_meta(vae, torch.float32)
-    parts = parts_of(fake, fake_vae, "meta", guide=fake_vae if is_guided else None, slice_rows=slice_rows)
-    estimate = step_peak(parts, diffusion.latent_shape, rows, num_halves=2, through_network=through)
+    parts = parts_of(model, fake, fake_vae, guide=fake_vae if is_guided else None, slice_rows=slice_rows)
+    return measured, step_peak(parts, model.latent_shape, rows, num_halves=2, through_network=through)
+
+
+@pytest.mark.parametrize(("is_guided", "through"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("slice_rows", [None, 4])
+def test_peaks_are_those_that_are_measured(diffusion, is_guided, through, slice_rows):
+    """With real weights on a CPU, within 15 percent: a step forward, and with both kinds of gradients."""
+    measured, estimate = step_peaks(diffusion, 8, is_guided=is_guided, through=through, slice_rows=slice_rows)
+    assert estimate == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("save", [save_xl_pipeline, save_lcm_pipeline, save_sd3, save_pixart])
+def test_peaks_of_every_family_are_those_that_are_measured(save, hardware, tmp_path):
+    """Tiny ones, with the gradient through the network."""
+    model = load_pipeline(str(save(tmp_path / "pipeline")), hardware)
+    measured, estimate = step_peaks(model, 16, is_guided=True, through=True)
     assert estimate == pytest.approx(measured, rel=0.15)
 
 
@@ -66,7 +76,7 @@ def test_peaks_are_those_of_a_gpu(diffusion):
 
     network, vae = copy.deepcopy(diffusion._network).cuda(), copy.deepcopy(diffusion._vae).cuda()
     latents = torch.randn(64, *diffusion.latent_shape, device="cuda")
-    real = parts_of(network, vae, "cuda", guide=vae)
+    real = parts_of(diffusion, network, vae, guide=vae)
     denoising_step(real, latents, num_halves=2, through_network=True)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -74,7 +84,7 @@ def test_peaks_are_those_of_a_gpu(diffusion):
     denoising_step(real, latents, num_halves=2, through_network=True)
     measured = torch.cuda.max_memory_allocated() - before
     fake, fake_vae = on_meta(diffusion._network, torch.float32), on_meta(diffusion._vae, torch.float32)
-    parts = parts_of(fake, fake_vae, "meta", guide=fake_vae)
+    parts = parts_of(diffusion, fake, fake_vae, guide=fake_vae)
     assert step_peak(parts, diffusion.latent_shape, 64, num_halves=2, through_network=True) == pytest.approx(
         measured, rel=0.15
     )

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from engine.errors import JobError
 from engine.generation.batching import MEMORY_SHARE, useful_size
 from engine.generation.decoder_advice import tiny_decoder
 from engine.job.spec import JobSpec, RequestSpec
 from engine.models.addresses import locate
-from engine.models.configurations import read_config
+from engine.models.configurations import part_classes, read_config
 from engine.models.decoding import Decoder
 from engine.models.hardware import Hardware
 from engine.models.memory_model import META
@@ -40,7 +40,7 @@ class Fit:
         precision: of the network, and of the decoder that guidance differentiates.
         checkpointing: whether activations are recomputed.
         tiny_decoder: whether guidance looks through a tiny decoder.
-        weight_bytes: of network and decoders.
+        weight_bytes: of text encoders, network and decoders; not of target and CLIP.
         row_bytes: at the peak of a batch of one, above the weights.
         batch: a batch that fits, no larger than is of use (`useful_size`); 0 where not even one sample does.
     """
@@ -64,7 +64,9 @@ def memory_plan(job: JobSpec, request: RequestSpec, memory_bytes: int) -> list[F
     if folder is None or not has_configurations(folder):
         raise JobError(f"--memory: the configurations of '{address}' are not on this machine; download them first")
     family, is_guided = family_of(folder, address), request.method_record.is_guided
-    if family.network_inputs(folder, META) is None:
+    with torch.device(META):
+        is_counted = family.bare_network(folder) is not None
+    if not is_counted:
         raise JobError(f"--memory: the memory of a {family.class_name} is not estimated; run a small job instead")
     decoders = ([True] if job.models.guidance_decoder else [False, True]) if is_guided else [False]
     switches = [False, True] if is_guided else [False]
@@ -87,17 +89,18 @@ def _fit(
     )  # fmt: skip
     parts = _parts(folder, address, hardware, shape, is_guided=request.method_record.is_guided, tiny=tiny)
     if checkpointing:
-        parts.network.enable_gradient_checkpointing()
+        parts.network.module.enable_gradient_checkpointing()
     steps = sampling.num_inference_steps
     through = any(parameters.is_through_unet(index, steps) for index in request.steps_taken(steps))
-    halves = 2 if sampling.guidance_scale > 1 else 1
+    halves = 2 if sampling.guidance_scale > 1 and not family.embeds_guidance(folder) else 1
 
     def peak(rows: int) -> int:
         return step_peak(parts, shape, rows, num_halves=halves, through_network=through)
 
-    one, available = peak(1), MEMORY_SHARE * memory_bytes - parts.weight_bytes
+    weights = parts.weight_bytes + text_encoder_bytes(folder, getattr(torch, DTYPES[precision]))
+    one, available = peak(1), MEMORY_SHARE * memory_bytes - weights
     return Fit(
-        precision=precision, checkpointing=checkpointing, tiny_decoder=tiny, weight_bytes=parts.weight_bytes,
+        precision=precision, checkpointing=checkpointing, tiny_decoder=tiny, weight_bytes=weights,
         row_bytes=one, batch=_batch(peak, one, available, parts.slice_rows or 1, useful_size(shape[1] * shape[2])),
     )  # fmt: skip
 
@@ -135,20 +138,15 @@ def _batch(peak: Callable[[int], int], one: int, available: float, slice_rows: i
 def _parts(
     folder: Path, address: str, hardware: Hardware, shape: tuple[int, int, int], *, is_guided: bool, tiny: bool
 ) -> StepParts:
-    family = family_of(folder, address)
-    inputs = family.network_inputs(folder, META)
-    assert inputs is not None
     dtype = getattr(torch, hardware.dtype)
-    config = read_config(folder / "unet" / "config.json")
-    network = _on_meta(UNet2DConditionModel, config, dtype)
+    with torch.device(META):
+        network = family_of(folder, address).bare_network(folder)
+    assert network is not None
+    # diffusers' own `to` warns of parts that it would load in float32; here are no weights.
+    torch.nn.Module.to(network.module, dtype)
     vae = _on_meta(AutoencoderKL, read_config(folder / "vae" / "config.json"), torch.float32)
     if not is_guided:
-        return StepParts(
-            network=network,
-            inputs=_cast(inputs, dtype),
-            vae=vae,
-            slice_rows=Decoder(vae, hardware).forward_rows(shape),
-        )
+        return StepParts(network=network, vae=vae, slice_rows=Decoder(vae, hardware).forward_rows(shape))
     guide = vae
     if tiny:
         guide = _on_meta(AutoencoderTiny, tiny_decoder(address, folder)[1], dtype)
@@ -159,11 +157,19 @@ def _parts(
     if hardware.gradient_checkpointing == "on" and not tiny:
         guide.enable_gradient_checkpointing()
     rows = Decoder(guide if tiny else vae, hardware).decoding(shape, hardware.dtype).slice_rows
-    return StepParts(network=network, inputs=_cast(inputs, dtype), vae=vae, guide=guide, slice_rows=rows)
+    return StepParts(network=network, vae=vae, guide=guide, slice_rows=rows)
 
 
-def _cast(inputs: Any, dtype: torch.dtype) -> Any:
-    return lambda rows: {name: value.to(dtype) for name, value in inputs(rows).items()}
+def text_encoder_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """Bytes of the weights of a pipeline's text encoders, which stay on the GPU next to the network."""
+    total = 0
+    for name, kind in part_classes(folder).items():
+        if name.startswith("text_encoder"):
+            config = transformers.AutoConfig.from_pretrained(folder / name, local_files_only=True)
+            with torch.device(META):
+                encoder = getattr(transformers, kind)._from_config(config)
+            total += sum(tensor.numel() for tensor in encoder.parameters()) * dtype.itemsize
+    return total
 
 
 def _on_meta(kind: Any, config: dict[str, Any], dtype: torch.dtype) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.methods.guidance.slices import even_slices
 from engine.models.memory_model import META, fused_attention
-
-Inputs = Callable[[int], Mapping[str, Any]]
+from engine.models.pipelines.base import BareNetwork
 
 
 class AliveBytes(TorchDispatchMode):
@@ -65,15 +64,13 @@ class StepParts:
     """The models of a denoising step.
 
     Attributes:
-        network: what denoises.
-        inputs: of the network next to latents and timestep, for a number of rows.
+        network: what denoises, with inputs of its own.
         vae: its decoder makes the stored image.
         guide: its decoder is the one that guidance differentiates; None where nothing is guided.
         slice_rows: rows that are decoded at a time; None for all.
     """
 
-    network: Any
-    inputs: Inputs
+    network: BareNetwork
     vae: Any
     guide: Any = None
     slice_rows: int | None = None
@@ -81,7 +78,7 @@ class StepParts:
     @property
     def weights(self) -> list[Tensor]:
         """Parameters and buffers, each once."""
-        models = [self.network, self.vae, *([self.guide] if self.guide is not None else [])]
+        models = [self.network.module, self.vae, *([self.guide] if self.guide is not None else [])]
         tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
         return list({id(tensor): tensor for tensor in tensors}.values())
 
@@ -117,12 +114,11 @@ def denoising_step(parts: StepParts, latents: Tensor, *, num_halves: int, throug
     Without a graph both halves of classifier-free guidance are one call; with one they are calls of their own. Images
     are decoded and differentiated in slices, while the graph of the network is that of the whole batch.
     """
-    time = torch.zeros((), device=latents.device)
+    channels = latents.shape[1]
 
     def predict(values: Tensor) -> Tensor:
-        inputs = parts.inputs(len(values))
-        output: Tensor = parts.network(values.to(parts.network.dtype), time, return_dict=False, **inputs)[0]
-        return output.float()
+        # A variance that was learned comes after the prediction.
+        return parts.network(values)[:, :channels].float()
 
     if parts.guide is None or not through_network:
         with torch.no_grad():

@@ -22,6 +22,7 @@ from engine.models.hardware import CHECKPOINTING_PIXELS, CPU_LATENT_PIXELS, CPU_
 from engine.models.loading import frozen
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from engine.job.spec import ConditioningSpec
@@ -71,6 +72,35 @@ class ImageConditioning:
     embeds: Tensor
     noise: Mapping[str, Tensor]
     noise_level: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BareNetwork:
+    """A network without weights, whose arithmetic and memory are counted: within `torch.device("meta")` it takes none.
+
+    Attributes:
+        module: of diffusers.
+        inputs: what its forward pass takes next to latents and timestep, for a number of rows on a device.
+    """
+
+    module: Any
+    inputs: Callable[[int, torch.device], Mapping[str, Any]]
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Output [B, C', h, w] for latents [B, C, h, w], in the module's precision."""
+        rows, device, dtype = len(latents), latents.device, self.module.dtype
+        inputs = _in_precision(self.inputs(rows, device), dtype)
+        time = latents.new_zeros(rows)
+        output: Tensor = self.module(latents.to(dtype), timestep=time, return_dict=False, **inputs)[0]
+        return output
+
+
+def _in_precision(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Inputs, also nested ones, in the precision of a network; those that are left out as they are."""
+    return {
+        name: _in_precision(value, dtype) if isinstance(value, Mapping) else value if value is None else value.to(dtype)
+        for name, value in inputs.items()
+    }
 
 
 class Pipeline(ABC):
@@ -164,14 +194,6 @@ class Pipeline(ABC):
         """Height and width of the images of a folder that `check` lets through, in pixels."""
 
     @classmethod
-    def network_inputs(cls, folder: Path, device: str) -> Callable[[int], Mapping[str, Any]] | None:
-        """Inputs of the network next to latents and timestep, without values, for a number of rows.
-
-        None where a family's memory is not estimated before it is loaded.
-        """
-        return None
-
-    @classmethod
     def size_factor(cls, folder: Path) -> int:
         """Pixels that the sides of an image must be multiples of, of a folder that `check` lets through."""
         return cls.latent_space(folder).pixels_per_latent
@@ -200,14 +222,8 @@ class Pipeline(ABC):
         return False
 
     @classmethod
-    def bare_network(cls, folder: Path) -> Callable[[Tensor], Tensor] | None:
-        """The network of a folder without its weights, for counting: a forward pass of latents [1, C, h, w].
-
-        All that it holds is on torch's default device: within `torch.device("meta")` it takes no memory.
-
-        Returns:
-            None where its arithmetic is not counted.
-        """
+    def bare_network(cls, folder: Path) -> BareNetwork | None:
+        """The network of a folder without its weights, on torch's default device; None where it is not counted."""
         return None
 
     @classmethod

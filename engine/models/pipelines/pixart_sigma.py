@@ -6,7 +6,7 @@ read in lower case (Chen et al. 2024).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +18,7 @@ from engine.methods.sampling.training_checks import training_problems
 from engine.models.configurations import part_classes, read_config, reading_configuration
 from engine.models.hardware import Hardware
 from engine.models.loading import frozen
-from engine.models.pipelines.base import LatentSpace, Pipeline
+from engine.models.pipelines.base import BareNetwork, LatentSpace, Pipeline
 from engine.models.pipelines.checks import (
     Classes,
     Options,
@@ -158,17 +158,20 @@ class PixArtSigma(Pipeline):
         return patch * super().size_factor(folder)
 
     @classmethod
-    def bare_network(cls, folder: Path) -> Callable[[Tensor], Tensor]:
-        """The transformer with inputs for one row; see `Pipeline.bare_network`."""
+    def bare_network(cls, folder: Path) -> BareNetwork:
+        """The transformer; see `Pipeline.bare_network`."""
         import torch
         from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 
         config = _transformer(folder)
         transformer = PixArtTransformer2DModel.from_config(config).requires_grad_(False).eval()
-        text, mask = torch.empty(1, NUM_TOKENS, config["caption_channels"]), torch.ones(1, NUM_TOKENS)
-        inputs = {TEXT: text, MASK: mask, "added_cond_kwargs": _no_conditions()}
-        timestep = torch.zeros(1)
-        return lambda latents: transformer(latents, timestep=timestep, return_dict=False, **inputs)[0]
+
+        def inputs(rows: int, device: torch.device) -> Mapping[str, Any]:
+            text = torch.zeros(rows, NUM_TOKENS, config["caption_channels"], device=device)
+            mask = torch.ones(rows, NUM_TOKENS, device=device)
+            return {TEXT: text, MASK: mask, "added_cond_kwargs": _no_conditions()}
+
+        return BareNetwork(module=transformer, inputs=inputs)
 
     @classmethod
     def load_parts(cls, folder: Path, hardware: Hardware, *, checks_safety: bool) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,7 +15,7 @@ from engine.methods.sampling.training_checks import training_problems
 from engine.models.configurations import part_classes, read_config, reading_configuration
 from engine.models.hardware import Hardware
 from engine.models.loading import frozen
-from engine.models.pipelines.base import LatentSpace, Pipeline
+from engine.models.pipelines.base import BareNetwork, LatentSpace, Pipeline
 from engine.models.pipelines.checks import (
     IMAGE_PROCESSORS,
     Classes,
@@ -185,18 +185,22 @@ class StableDiffusion(Pipeline):
         return read_config(folder / "unet" / "config.json").get("time_cond_proj_dim") is not None
 
     @classmethod
-    def bare_network(cls, folder: Path) -> Callable[[Tensor], Tensor]:
-        """The UNet with inputs for one row; see `Pipeline.bare_network`."""
+    def bare_network(cls, folder: Path) -> BareNetwork:
+        """The UNet; see `Pipeline.bare_network`."""
         import torch
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
         config = read_config(folder / "unet" / "config.json")
         unet = UNet2DConditionModel.from_config(config).requires_grad_(False).eval()
-        inputs = {name: torch.empty(1, *shape) for name, shape in cls.input_shapes(folder, config).items()}
+        shapes = cls.input_shapes(folder, config)
         if dim := config.get("time_cond_proj_dim"):
-            inputs[GUIDANCE] = torch.empty(1, dim)
-        timestep, arguments = torch.zeros(1), cls.network_arguments(inputs)
-        return lambda latents: unet(latents, timestep, return_dict=False, **arguments)[0]
+            shapes |= {GUIDANCE: (dim,)}
+
+        def inputs(rows: int, device: torch.device) -> Mapping[str, Any]:
+            made = {name: torch.zeros(rows, *shape, device=device) for name, shape in shapes.items()}
+            return cls.network_arguments(made)
+
+        return BareNetwork(module=unet, inputs=inputs)
 
     @classmethod
     def input_shapes(cls, folder: Path, unet: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -232,21 +236,6 @@ class StableDiffusion(Pipeline):
             pixels_per_latent=pixels_per_latent(vae),
             scaling_factor=vae.get("scaling_factor", 0.18215),
         )
-
-    @classmethod
-    def network_inputs(cls, folder: Path, device: str) -> Callable[[int], Mapping[str, Any]] | None:
-        """Text embeddings; class labels where the UNet takes image embeddings."""
-        import torch
-
-        text, unet = text_config(folder / "text_encoder"), read_config(folder / "unet" / "config.json")
-        tokens, width = text.get("max_position_embeddings", 77), text.get("hidden_size", 512)
-        labels = unet.get("projection_class_embeddings_input_dim")
-
-        def inputs(rows: int) -> dict[str, Any]:
-            more = {"class_labels": torch.empty(rows, labels, device=device)} if labels else {}
-            return {TEXT: torch.empty(rows, tokens, width, device=device)} | more
-
-        return inputs
 
     @classmethod
     def image_size(cls, folder: Path) -> tuple[int, int]:

@@ -7,7 +7,7 @@ timestep. The latents have 16 channels and a shift.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +18,7 @@ from engine.methods.sampling.flow_checks import flow_sampling_problems, flow_tra
 from engine.models.configurations import part_classes, read_config, reading_configuration
 from engine.models.hardware import Hardware
 from engine.models.loading import frozen
-from engine.models.pipelines.base import LatentSpace, Pipeline
+from engine.models.pipelines.base import BareNetwork, LatentSpace, Pipeline
 from engine.models.pipelines.checks import (
     Classes,
     adapter_problem,
@@ -186,17 +186,20 @@ class StableDiffusion3(Pipeline):
         ]
 
     @classmethod
-    def bare_network(cls, folder: Path) -> Callable[[Tensor], Tensor]:
-        """The transformer with inputs for one row; see `Pipeline.bare_network`."""
+    def bare_network(cls, folder: Path) -> BareNetwork:
+        """The transformer; see `Pipeline.bare_network`."""
         import torch
         from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
         config = _transformer(folder)
         transformer = SD3Transformer2DModel.from_config(config).requires_grad_(False).eval()
         num_tokens = T5_TOKENS + text_config(folder / "text_encoder").get("max_position_embeddings", 77)
-        timestep, pooled = torch.zeros(1), torch.empty(1, config["pooled_projection_dim"])
-        inputs = {TEXT: torch.empty(1, num_tokens, config["joint_attention_dim"]), POOLED: pooled}
-        return lambda latents: transformer(latents, timestep=timestep, return_dict=False, **inputs)[0]
+        shapes = {TEXT: (num_tokens, config["joint_attention_dim"]), POOLED: (config["pooled_projection_dim"],)}
+
+        def inputs(rows: int, device: torch.device) -> Mapping[str, Any]:
+            return {name: torch.zeros(rows, *shape, device=device) for name, shape in shapes.items()}
+
+        return BareNetwork(module=transformer, inputs=inputs)
 
     @classmethod
     def load_parts(cls, folder: Path, hardware: Hardware, *, checks_safety: bool) -> dict[str, Any]:
