@@ -67,8 +67,8 @@ VALUES = {
     "sampling.scheduler=ddpm": "sampling.scheduler: 'ddpm' draws noise at every step; use a deterministic one: 'lms',"
     " 'ddim', 'euler', 'dpmsolver++' or 'model'",
     "sampling.sheduler=lms": "sampling.sheduler: unknown key; did you mean 'scheduler'?",
-    "requests.0.method=bondary": "requests.0.method: 'bondary' is not one of prompt, boundary, risky; did you mean"
-    " 'boundary'?",
+    "requests.0.method=bondary": "requests.0.method: 'bondary' is not one of prompt, boundary, risky, entropy, margin,"
+    " disagreement, feature; did you mean 'boundary'?",
     "requests.0.boundary=[thre, eight]": "requests.0.boundary.0: 'thre' is not a class of the target; did you mean"
     " 'three'?",
     "requests.0.boundary=[99, eight]": "requests.0.boundary.0: 99 is not a class index of the target; it has 0 to 9",
