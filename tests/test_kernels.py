@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import json
 import subprocess
 import sys
@@ -163,7 +164,7 @@ def recorded(module):
 
 def network_of(classifier):
     """The module that a classifier of transformers calls."""
-    return classifier._network.__closure__[0].cell_contents
+    return inspect.getclosurevars(classifier._network).nonlocals["model"]
 
 
 @pytest.fixture(scope="module")

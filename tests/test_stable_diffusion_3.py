@@ -231,6 +231,13 @@ def refused(folder: Path, **options) -> str:
     return "\n".join(caught.value.problems)
 
 
+def test_guidance_of_the_first_step_alone_is_refused(folder):
+    """There the latents are noise; a start has a first step that can be guided."""
+    lines = refused(folder, method="boundary", sampling={"num_inference_steps": 1})
+    assert lines.startswith("requests.0.guidance.boundary: moves the first of 1 steps alone") and "; add steps" in lines
+    check_addresses(job_of(folder, method="boundary", sampling={"scheduler": "euler", "num_inference_steps": 3}))
+
+
 @pytest.mark.parametrize(
     ("part", "changes", "words"),
     [

@@ -117,6 +117,7 @@ class Pipeline(ABC):
         class_name: the pipeline's class in diffusers.
         embedding_parts: the parts that decide the image embeddings which it is conditioned on; empty if it takes none.
         trained_part: the part that holds the network, which fine-tuning replaces; empty where it cannot be fine-tuned.
+        begins_without_signal: whether the first latents are noise alone, in which no image is predicted to be guided.
         lora_prefixes: parts that LoRA weights may change, and how the names of these begin; none where it takes none.
         embedding_encoder: the text encoder whose words textual inversions add to those of `tokenizer`; empty where it
             takes none.
@@ -126,6 +127,7 @@ class Pipeline(ABC):
     class_name: ClassVar[str]
     embedding_parts: ClassVar[tuple[str, ...]] = ()
     trained_part: ClassVar[str] = ""
+    begins_without_signal: ClassVar[bool] = False
     lora_prefixes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     embedding_encoder: ClassVar[str] = ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from engine.errors import JobError
@@ -81,4 +82,20 @@ def request_problems(job: JobSpec, request: RequestSpec, folder: Path, address: 
     except JobError as error:
         return [f"diffusion: {error}"]
     conditioning = family.conditioning_problems(folder, address, request.conditioning)
-    return [f"sampling{problem}" for problem in problems] + [f"conditioning{problem}" for problem in conditioning]
+    return [
+        *(f"sampling{problem}" for problem in problems),
+        *(f"conditioning{problem}" for problem in conditioning),
+        *_guidance_problems(job, request, family),
+    ]
+
+
+def _guidance_problems(job: JobSpec, request: RequestSpec, family: type[Pipeline]) -> Iterator[str]:
+    """Guidance that nothing is left of where there is no signal."""
+    num_steps, parameters = job.sampling_of(request).num_inference_steps, job.parameters_of(request)
+    guided = [index for index in request.steps_taken(num_steps) if parameters.is_guided(index, num_steps)]
+    if request.method_record.is_guided and family.begins_without_signal and guided == [1]:
+        remedy = f"{parameters.schedule_remedy} or add steps" if num_steps > 1 else "add steps"
+        yield (
+            f"guidance.{request.method_record.name}: moves the first of {num_steps} steps alone, at which the latents"
+            f" of a {family.class_name} hold nothing to move; {remedy}"
+        )

@@ -72,6 +72,7 @@ class StableDiffusion3(Pipeline):
     """Pipelines of diffusers' class `StableDiffusion3Pipeline`."""
 
     class_name = "StableDiffusion3Pipeline"
+    begins_without_signal = True
     required: ClassVar[Classes] = {
         _TRANSFORMER: ("SD3Transformer2DModel",),
         "vae": ("AutoencoderKL",),
