@@ -155,7 +155,7 @@ def test_names_of_a_file_replace_those_of_the_configuration(tmp_path: Path, file
     """Of a folder whose own are LABEL_0 to LABEL_9; they are part of its digest."""
     numbered = {str(index): f"LABEL_{index}" for index in range(10)}
     folder = copied(ZOO["target"], tmp_path / "net", id2label=numbered, label2id=None)
-    with pytest.raises(JobError, match="class 0 is called 'LABEL_0', a number"):
+    with pytest.raises(JobError, match=r"class 0 is called 'LABEL_0', a number.* put a file class_names\.txt into"):
         check_classifier(folder, str(folder))
     before = model_digest(str(folder))
     named(folder, NAMES, file)
@@ -191,9 +191,14 @@ WRONG_NAMES: list[tuple[str, bytes, str]] = [
     ("class_names.txt", b"\n".join(name.encode() for name in [*NAMES, "ten"]), r"names 11 classes, and .* 10 logits"),
     ("class_names.txt", b"a\n\nb", r"class_names\.txt': class 1 has no name"),
     ("class_names.txt", b"LABEL_0\nLABEL_1", "class 0 is called 'LABEL_0'"),
-    ("class_names.txt", b"\xff\xfe\x00", "cannot be read as class names"),
+    ("class_names.txt", b"\xff\xfe\x00", "cannot be read as class names: it is not UTF-8 text; save it as UTF-8"),
+    ("class_names.txt", "a\nb".encode("utf-16"), "is not UTF-8 text; save it as UTF-8"),
+    ("class_names.txt", b"a\nb\x1b[31m", r"the name of class 1, 'b\\x1b\[31m', has the character '\\x1b', which"),
+    ("class_names.json", rb'["a", "b\nc"]', r"the name of class 1, 'b\\nc', has the character '\\n'"),
     ("class_names.txt", b"one", "does not hold two class names or more"),
-    ("class_names.json", b"{", "cannot be read as class names"),
+    ("class_names.json", b"{", r"cannot be read as class names: it is not JSON .*; give a list of names"),
+    ("class_names.json", b"[" + b"1" * 5000 + b"]", "a number in it is too long.*; give a list of names"),
+    ("class_names.json", b'{"' + b"1" * 5000 + b'": "a", "0": "b"}', "has no class 1; number the 2 classes"),
     ("class_names.json", b"3", "does not hold two class names or more"),
     ("class_names.json", b'{"0": "a", "2": "b"}', "has no class 1"),
 ]
@@ -224,6 +229,10 @@ def test_one_logit_without_two_names_or_of_regression_is_refused(tmp_path: Path)
         JobError, match=r"names 3 classes, and '.*' has one logit, which needs the names of two classes"
     ):
         check_classifier(folder, str(folder))
+    (folder / "class_names.json").mkdir()
+    with pytest.raises(JobError, match=r"class_names\.json' is not a file; put the class names into a file"):
+        check_classifier(folder, str(folder))
+    (folder / "class_names.json").rmdir()
     named(folder, file="class_names.json")
     with pytest.raises(JobError, match=r"has class_names\.txt and class_names\.json; keep one of them"):
         check_classifier(folder, str(folder))

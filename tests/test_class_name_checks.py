@@ -16,7 +16,25 @@ from tests.program_cases import SETTINGS
 
 @given(
     st.lists(
-        st.sampled_from(["cat", "two words", "", " ", "LABEL_3", "label 7", "n01440764", "3", 5, None]), min_size=2
+        st.sampled_from(
+            [
+                "cat",
+                "two words",
+                "",
+                " ",
+                "c\x1b[1mat",
+                "a\0b",
+                "a\nb",
+                "a\u2028b",
+                "LABEL_3",
+                "label 7",
+                "n01440764",
+                "3",
+                5,
+                None,
+            ]
+        ),
+        min_size=2,
     )
 )
 def test_names_are_refused_or_can_stand_in_a_prompt(names: list[Any]) -> None:
@@ -28,7 +46,7 @@ def test_names_are_refused_or_can_stand_in_a_prompt(names: list[Any]) -> None:
         assert str(error).startswith("here: ") and (not set(names) <= good or len(set(names)) == 1)
 
 
-@pytest.mark.parametrize("names", [["a", ""], ["LABEL_0", "LABEL_1"], ["a", " b"], ["a", "a"]])
+@pytest.mark.parametrize("names", [["a", ""], ["LABEL_0", "LABEL_1"], ["a", " b"], ["a", "a"], ["a", "b\tc"]])
 def test_settings_of_files_and_factories_name_their_classes_too(names: list[str]) -> None:
     """The same rule for labels that a side file gives."""
     with pytest.raises(JobError, match="labels: "):

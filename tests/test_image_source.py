@@ -76,7 +76,7 @@ def test_named_sets_stand_beside_paths():
     assert {one.class_index for one in first} == {names.index(digits.CLASS_NAMES[label])}
     mixed = list(itertools.islice(open_images("digits:validation", names).read(), 50))
     assert all(one.contexts and not one.origin for one in mixed) and {one.image.size for one in mixed} == {(32, 32)}
-    with pytest.raises(JobError, match="did you mean 'digits:validation'"):
+    with pytest.raises(JobError, match=r"did you mean 'digits:validation'\? Or give class folders"):
         open_images("digits:validatoin", names)
     with pytest.raises(JobError, match="no class 'zero'"):
         open_images("digits:test", ("cat", "dog"))

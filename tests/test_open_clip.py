@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_embeddings_and_logits_are_those_of_open_clip(kind: str, folders: dict[str, Path]) -> None:
+def test_embeddings_and_logits_are_those_of_open_clip(
+    kind: str, folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
     """Of model, transform and tokenizer as open_clip makes them from the folder, scale and bias included."""
     name = f"local-dir:{folders[kind]}"
     model, _, transform = open_clip.create_model_and_transforms(name)
@@ -55,7 +58,10 @@ def test_embeddings_and_logits_are_those_of_open_clip(kind: str, folders: dict[s
     tokens = open_clip.get_tokenizer(name)(PROMPTS)
     plain_images = model.encode_image(torch.stack([transform(image) for image in IMAGES]))
     plain_texts = model.encode_text(tokens)
+    state = [logging.root.level, *logging.root.handlers, *logging.root.filters]
+    caplog.clear()
     clip = Clip.load(str(folders[kind]))
+    assert not caplog.records and [logging.root.level, *logging.root.handlers, *logging.root.filters] == state
     texts, images = clip.text_embeds(PROMPTS), clip.image_embeds(IMAGES)
     torch.testing.assert_close(images, plain_images, **CLOSE)
     torch.testing.assert_close(texts, plain_texts, **CLOSE)

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from engine.commands.jobs import _gpu_bytes, _show_memory, plan
 from engine.errors import JobError
-from engine.generation.memory_plan import _batch, memory_plan
+from engine.generation.memory_plan import _batch, memory_lines, memory_plan
 from engine.models.addresses import resolve
 from engine.models.diffusion import load_pipeline
 from engine.models.memory_model import on_meta
@@ -128,19 +128,31 @@ def test_the_batch_is_the_largest_that_fits(available):
 
 def test_sizes_of_a_gpu_are_read():
     assert _gpu_bytes("24GB") == _gpu_bytes("24 gib") == 24 * GIB and _gpu_bytes("1.5G") == 1.5 * GIB
-    for wrong in ("24", "0GB", "GB", "24MB", "1e9GB"):
-        with pytest.raises(JobError, match="--gpu-memory"):
+    for wrong in ("", "0", "24", "0GB", "-3GB", "GB", "24MB", "1e9GB", "9999.5GB", "0.0000000001GB"):
+        with pytest.raises(JobError, match=r"^--gpu-memory: '.*': give a number above 0, up to 9999, with the unit GB"):
             _gpu_bytes(wrong)
 
 
 def test_the_command_prints_what_fits(capsys):
     with pytest.raises(JobError, match=r"--gpu-memory: .* add --memory"):
         plan(Path("jobs/quickstart.yaml"), gpu_memory="24GB")
+    path = Path("jobs/quickstart.yaml")
+    others = {"validate": True, "compares": True, "calibrate": True, "price_per_hour": 2.0}
+    named = {"compares": "--compare-paths", "price_per_hour": "--price-per-hour"}
+    for field, value in others.items():
+        with pytest.raises(JobError, match=f"^--memory: .* and {named.get(field, f'--{field}')} .*; use one of them"):
+            plan(path, memory=True, **{field: value})
+    with pytest.raises(JobError, match="'thre' is not a class of the target"):
+        plan(path, memory=True, set_=["requests.0.boundary=[thre, eight]"])
+    with pytest.raises(JobError, match=r"^--gpu-memory: ''"):
+        plan(path, memory=True, gpu_memory="")
     job = job_of(resolve("zoo:digits/stable-diffusion"))
-    _show_memory(job, 2**30, as_json=True)
+    _show_memory(path, job, 2**30, as_json=True)
     fields = json.loads(capsys.readouterr().out)
     assert fields["gpu_memory_bytes"] == 2**30 and fields["requests"][0]["request"] == "a"
     assert {fit["precision"] for fit in fields["requests"][0]["fits"]} == {"fp16", "fp32"}
-    _show_memory(job, 2**30, as_json=False)
+    _show_memory(path, job, 2**30, as_json=False)
     text = capsys.readouterr().out
     assert text.startswith("a GPU of 1 GiB") and "a: fp16, checkpointing off: batch " in text
+    assert " MiB for a batch of 1" in text and " 0.0" not in text
+    assert memory_lines([], 2**20)[0].startswith("a GPU of 1 MiB,")

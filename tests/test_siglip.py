@@ -95,7 +95,9 @@ def test_dino_is_a_feature_space(models: dict[str, str], tmp_path: Path) -> None
     torch.testing.assert_close(encoder.image_embeds(IMAGES), pooled, **CLOSE)
     image = as_tensor(IMAGES[0]).requires_grad_(True)
     assert torch.autograd.grad(encoder.embeds_of_tensor(image)[0, 0], image)[0].abs().max() > 0
-    with pytest.raises(JobError, match=r"models\.clip: .* of type 'dinov2'; a CLIP model is needed"):
+    with pytest.raises(
+        JobError, match=r"models\.clip: .* of type 'dinov2'; a CLIP model is needed: CLIP, SigLIP or open_clip"
+    ):
         check_addresses(job_of(clip=models["dino"]))
 
 

@@ -81,16 +81,24 @@ def plan(
     set_: SetOption = None,
 ) -> None:
     """Show the shards, samples and cost of a job without running it."""
+    others = {
+        "--validate": validate, "--compare-paths": compares, "--calibrate": calibrate,
+        "--price-per-hour": price_per_hour is not None,
+    }  # fmt: skip
+    if memory and (given := [name for name, is_given in others.items() if is_given]):
+        raise JobError(
+            f"--memory: estimates by configurations alone, and {given[0]} is of another plan; use one of them"
+        )
     if validate and calibrate:
         raise JobError("--calibrate: makes samples, and --validate only checks; use one of them")
     if price_per_hour is not None and not calibrate:
         raise JobError("--price-per-hour: requires measured hours; add --calibrate")
     if gpu_memory is not None and not memory:
         raise JobError("--gpu-memory: is what --memory compares with; add --memory")
-    gpu_bytes = _gpu_bytes(gpu_memory or DEFAULT_GPU_MEMORY)
+    gpu_bytes = _gpu_bytes(DEFAULT_GPU_MEMORY if gpu_memory is None else gpu_memory)
     spec = load_job(job, set_, date=date)
     if memory:
-        _show_memory(spec, gpu_bytes, as_json)
+        _show_memory(job, spec, gpu_bytes, as_json)
         return
     if validate:
         _validate(job, spec, as_json, compares=compares)
@@ -122,17 +130,40 @@ def plan(
 def _gpu_bytes(size: str) -> int:
     """Bytes of a size such as `24GB`, which sellers of GPUs mean as GiB."""
     match = re.fullmatch(r"(\d{1,4}(?:\.\d+)?) ?(?:GB|GiB|G)", size, re.IGNORECASE)
-    if match is None or float(match[1]) <= 0:
-        raise JobError(f"--gpu-memory: '{size}' is not a size; give gigabytes, such as 24GB")
-    return int(float(match[1]) * 2**30)
+    num_bytes = int(float(match[1]) * 2**30) if match else 0
+    if not 0 < num_bytes <= 9999 * 2**30:
+        raise JobError(f"--gpu-memory: {size!r}: give a number above 0, up to 9999, with the unit GB, such as 24GB")
+    return num_bytes
 
 
-def _show_memory(job: JobSpec, memory_bytes: int, as_json: bool) -> None:
+def _check_classes(path: Path, job: JobSpec) -> list[str] | None:
+    """Check the classes of the requests, and look for the images that they start from, where the target is here.
+
+    Returns:
+        The classes of the target; None where it is not on this machine.
+
+    Raises:
+        JobError: there is no such class, or there are no such images.
+    """
+    from engine.commands.jobfile import quoting_comments
+    from engine.driver.checks import find_images
+    from engine.job.plan import resolve_requests
+    from engine.models.labels import read_labels
+
+    labels = read_labels(job.models.target)
+    if labels is not None:
+        with quoting_comments(path):
+            find_images(job, resolve_requests(job, labels), labels)
+    return labels
+
+
+def _show_memory(path: Path, job: JobSpec, memory_bytes: int, as_json: bool) -> None:
     from engine.generation.memory_plan import memory_fields, memory_lines
     from engine.models.job_checks import check_addresses
     from engine.models.library_logging import quiet_libraries
 
     check_addresses(job, with_artefacts=False)
+    _check_classes(path, job)
     quiet_libraries()
     fields = memory_fields(job, memory_bytes)
     if as_json:
@@ -285,22 +316,16 @@ def _validate(path: Path, job: JobSpec, as_json: bool, *, compares: bool) -> Non
     Args:
         compares: whether to load the targets, and compare their paths.
     """
-    from engine.commands.jobfile import quoting_comments
     from engine.data.run.output_folder import check_output
     from engine.data.stores.opening import open_store
-    from engine.driver.checks import check_hardware, find_images
-    from engine.job.plan import resolve_requests
+    from engine.driver.checks import check_hardware
     from engine.models.artefacts import missing_artefacts
     from engine.models.job_checks import check_addresses
-    from engine.models.labels import read_labels
 
     check_addresses(job)
     check_hardware(job, is_local=False)
     check_output(open_store(job.output.uri))
-    labels = read_labels(job.models.target)
-    if labels is not None:
-        with quoting_comments(path):
-            find_images(job, resolve_requests(job, labels), labels)
+    labels = _check_classes(path, job)
     missing, target = missing_artefacts(job), _described_target(job)
     paths = _path_differences(job) if compares else []
     if as_json:

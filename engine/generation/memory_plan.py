@@ -28,6 +28,7 @@ from engine.models.pipelines.lookup import family_of, request_image_size
 from engine.models.pipelines.parts import has_configurations
 
 GIB = 2**30
+MIB = 2**20
 NUM_CHORDS = 4
 DTYPES = {"fp16": "float16", "fp32": "float32"}
 
@@ -188,14 +189,21 @@ def memory_fields(job: JobSpec, memory_bytes: int) -> list[dict[str, Any]]:
 
 def memory_lines(fields: list[dict[str, Any]], memory_bytes: int) -> list[str]:
     """The estimates in words."""
-    lines = [f"a GPU of {memory_bytes / GIB:.0f} GiB, of which {MEMORY_SHARE:.0%} are used; nothing was run"]
+    lines = [f"a GPU of {_amount(memory_bytes, '.4g')}, of which {MEMORY_SHARE:.0%} are used; nothing was run"]
     for entry in fields:
         for fit in entry["fits"]:
             switches = [fit["precision"], f"checkpointing {'on' if fit['checkpointing'] else 'off'}"]
             switches += ["tiny decoder"] if fit["tiny_decoder"] else []
             batch = f"batch {fit['batch']}" if fit["batch"] else "does not fit"
             lines.append(
-                f"{entry['request']}: {', '.join(switches)}: {batch} ({fit['weight_bytes'] / GIB:.2f} GiB of weights,"
-                f" {fit['row_bytes'] / GIB:.2f} GiB for a batch of 1)"
+                f"{entry['request']}: {', '.join(switches)}: {batch} ({_amount(fit['weight_bytes'])} of weights,"
+                f" {_amount(fit['row_bytes'])} for a batch of 1)"
             )
     return lines
+
+
+def _amount(num_bytes: int, places: str = ".2f") -> str:
+    """Bytes in GiB, below a tenth of one in MiB."""
+    if num_bytes < GIB / 10:
+        return f"{num_bytes / MIB:{places}} MiB"
+    return f"{num_bytes / GIB:{places}} GiB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ def names_file(folder: Path) -> Path | None:
     """The file with the class names of a model's folder; None where it has none.
 
     Raises:
-        JobError: it has both.
+        JobError: it has both, or what has the name of one is a folder or the like.
     """
-    found = [folder / name for name in NAMES_FILES if (folder / name).is_file()]
+    found = [folder / name for name in NAMES_FILES if os.path.lexists(folder / name)]
+    if (wrong := next((path for path in found if not path.is_file()), None)) is not None:
+        raise JobError(f"'{wrong}' is not a file; put the class names into a file of that name, or remove it")
     if len(found) > 1:
         raise JobError(f"'{folder}' has {' and '.join(NAMES_FILES)}; keep one of them")
     return found[0] if found else None
@@ -34,14 +37,27 @@ def read_names(path: Path) -> list[str]:
     """
     try:
         text = read_whole(path, MAX_RECORD_BYTES).decode("utf-8-sig")
-        names: Any = json.loads(text) if path.suffix == ".json" else text.rstrip("\r\n").splitlines()
-    except (OSError, ValueError, RecursionError) as error:
+        names: Any = _of_json(text, path) if path.suffix == ".json" else text.rstrip("\r\n").splitlines()
+    except UnicodeDecodeError:
+        raise JobError(f"'{path}' cannot be read as class names: it is not UTF-8 text; save it as UTF-8") from None
+    except (OSError, ValueError) as error:
         raise JobError(f"'{path}' cannot be read as class names ({error})") from None
     if isinstance(names, dict):
         names = in_index_order(names, f"'{path}'")
     if not isinstance(names, list) or len(names) < 2:
         raise JobError(f"'{path}' does not hold two class names or more; give one a line, or a list in JSON")
     return check_names(names, f"'{path}'")
+
+
+def _of_json(text: str, path: Path) -> Any:
+    remedy = 'give a list of names, as ["cat", "dog"], or an object by index'
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        problem = f"it is not JSON ({error})"
+    except (ValueError, RecursionError):
+        problem = "a number in it is too long, or it is nested too deeply"
+    raise JobError(f"'{path}' cannot be read as class names: {problem}; {remedy}")
 
 
 def check_count(names: list[str], path: Path, num_logits: int | None, address: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from engine.errors import JobError
 from engine.job.plan import MAX_TEMPERATURE, MIN_TEMPERATURE
 from engine.methods.config_values import is_integer, is_number
-from engine.models.class_name_checks import SINGLE_LOGIT, check_names, in_index_order
+from engine.models.class_name_checks import FOLDER_REMEDY, SINGLE_LOGIT, check_names, in_index_order
 from engine.models.class_name_files import check_count, names_file, read_names
 from engine.models.configurations import TIMM_KEY, need_file, read_config, reading_configuration
 from engine.models.processor_checks import check_processor
@@ -35,7 +35,7 @@ def class_names(folder: Path, address: str) -> list[str]:
         return names
     if TIMM_KEY in config:
         with reading_configuration(address):
-            return check_names(timm_names(config, address), f"'{address}': label_names in config.json")
+            return check_names(timm_names(config, address), f"'{address}': label_names in config.json", FOLDER_REMEDY)
     where, labels = f"'{address}': id2label in config.json", config.get("id2label")
     if isinstance(labels, dict) and len(labels) == 1:
         raise JobError(f"{where} has one class: {SINGLE_LOGIT}")
@@ -43,7 +43,7 @@ def class_names(folder: Path, address: str) -> list[str]:
         raise JobError(f"'{address}': num_labels: {SINGLE_LOGIT}")
     if not isinstance(labels, dict) or len(labels) < 2:
         raise JobError(f"'{address}': config.json has no `id2label` with two classes or more; is it a classifier?")
-    return check_names(in_index_order(labels, where), where)
+    return check_names(in_index_order(labels, where), where, FOLDER_REMEDY)
 
 
 def num_logits(config: dict[str, Any]) -> int | None:

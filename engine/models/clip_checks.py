@@ -103,7 +103,8 @@ def _check_kind(config: dict[str, Any], address: str) -> None:
     known = CLIP_TYPES.get(str(family))
     if known is None or (kinds and known[0] not in kinds):
         raise JobError(
-            f"'{address}' is a model of type {kinds[0] if known and kinds else family!r}; a CLIP model is needed"
+            f"'{address}' is a model of type {kinds[0] if known and kinds else family!r}; a CLIP model is needed:"
+            " CLIP, SigLIP or open_clip"
         )
     vision = config.get("vision_config")
     if isinstance(vision, dict) and vision.get("num_channels", 3) != 3:

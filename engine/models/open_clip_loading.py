@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +62,30 @@ def load_open_clip(folder: Path, address: str) -> tuple[OpenClipTowers, Any, Pre
         from open_clip.factory import load_checkpoint
 
         name = f"local-dir:{folder}"
-        model = open_clip.create_model(name, load_weights=False, pretrained_text=False, precision="fp32")
+        with _without_advice():
+            model = open_clip.create_model(name, load_weights=False, pretrained_text=False, precision="fp32")
         load_checkpoint(model, str(folder / WEIGHTS), strict=True)
         tokenizer = open_clip.get_tokenizer(name)
     return OpenClipTowers(model), tokenizer, Preprocessing.plain(address, _steps(read_config(folder / CONFIG)))
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Keep out of the terminal that a new model has no weights; they are loaded next."""
+    root = logging.getLogger()
+
+    def is_kept(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("No pretrained weights loaded")
+
+    # `logging.warning` gives a root logger without handlers one that writes to stderr, for good.
+    handler = logging.NullHandler()
+    root.addHandler(handler)
+    root.addFilter(is_kept)
+    try:
+        yield
+    finally:
+        root.removeFilter(is_kept)
+        root.removeHandler(handler)
 
 
 def _steps(config: dict[str, Any]) -> Steps:

@@ -67,7 +67,8 @@ def open_images(address: str, labels: tuple[str, ...], option: str = "--data") -
         raise JobError(f"{option}: '{address}' cannot be looked at ({error})") from None
     if path.exists():
         raise JobError(f"{option}: '{address}' is neither a file nor a folder; give {SOUGHT}")
-    raise JobError(f"{option}: there is no '{address}'{nearest(address, list(NAMED))}; give {SOUGHT}")
+    hint = nearest(address, list(NAMED))
+    raise JobError(f"{option}: there is no '{address}'{f'{hint} Or' if hint else ';'} give {SOUGHT}")
 
 
 def _of_file(path: Path, labels: tuple[str, ...], option: str) -> ImageSource:
