@@ -210,7 +210,11 @@ def test_what_is_no_adapter_is_refused(home, tmp_path):
     save_file({"a": torch.zeros(1, 1, 1), "b": torch.zeros(1)}, tmp_path / "other.safetensors")
     save_embedding(tmp_path / "wide.safetensors", "<wide>", width=24)
     save_embedding(tmp_path / "known.safetensors", "three</w>")
+    save_embedding(tmp_path / "word.safetensors", "three")
     save_embedding(tmp_path / "emb.safetensors", "emb_params")
+    save_file({"<e>": torch.zeros(0, 16)}, tmp_path / "none.0.safetensors")
+    save_file({"<e>": torch.zeros(16, dtype=torch.int64)}, tmp_path / "whole.safetensors")
+    save_file({"clip_l": torch.zeros(1, 16), "clip_g": torch.zeros(1, 24)}, tmp_path / "pair.safetensors")
     cases = [
         ({"address": str(tmp_path / "torn.safetensors")}, r"0: .*torn\.safetensors is damaged"),
         ({"address": str(tmp_path / "weights.bin")}, r"0: .*not a \.safetensors file.*convert it once"),
@@ -219,6 +223,10 @@ def test_what_is_no_adapter_is_refused(home, tmp_path):
         ({"address": str(tmp_path / "other.safetensors")}, r"0: .*neither a LoRA nor an embedding"),
         ({"address": str(tmp_path / "wide.safetensors")}, r"0: .*have 24 entries, those of the text encoder"),
         ({"address": str(tmp_path / "known.safetensors")}, r"0\.token: .*a word of the tokenizer"),
+        ({"address": str(tmp_path / "word.safetensors")}, r"0\.token: 'three' is a word of the tokenizer"),
+        ({"address": str(tmp_path / "none.0.safetensors")}, r"0: .*has <e> without entries"),
+        ({"address": str(tmp_path / "whole.safetensors")}, r"0: .*has <e> of type I64; quantised"),
+        ({"address": str(tmp_path / "pair.safetensors")}, r"0: .*an embedding of two text encoders"),
         ({"address": str(tmp_path / "emb.safetensors")}, r"0\.token: the file names no word"),
         ({"address": str(home / "cat.safetensors"), "weight": 0.5}, r"0\.weight: 0\.5"),
         ({"address": str(home / "unet.safetensors"), "token": "x"}, r"0\.token: .*not an embedding"),

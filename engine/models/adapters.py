@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ _FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "lear
 # The ends of a pair's names: of A, of B, and the scale of both.
 _A = re.compile(r"(.+?)[._](?:lora_A(?:\.\w+)?|lora\.down|lora_down|lora_linear_layer\.down)\.weight")
 _B = re.compile(r"(.+?)[._](?:lora_B(?:\.\w+)?|lora\.up|lora_up|lora_linear_layer\.up)\.weight")
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _ALPHA = re.compile(r"(.+?)\.alpha")
 # LoRA weights of diffusers before 0.17: `attn1.processor.to_q_lora.down.weight`.
 _PROCESSOR = re.compile(r"(.+)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
@@ -83,7 +84,7 @@ def adapter_file(address: str) -> Path:
         raise JobError(
             f"'{address}' is not a .safetensors file, the only format that is loaded: others may run any code; convert"
             ' it once, if you trust it: python -c "import torch, safetensors.torch as s;'
-            f" s.save_file(torch.load('{path.name}', weights_only=True), '{path.stem}.safetensors')\""
+            f" s.save_file(torch.load('{path}', weights_only=True), '{path.stem}.safetensors')\""
         )
     return path
 
@@ -147,6 +148,9 @@ def _problems(
 ) -> Iterator[str]:
     """Lines that go on after `adapters.NUMBER`; `words` are those of the embeddings before, with their numbers."""
     tensors = tensors_in(adapter_file(adapter.address))
+    if problem := _values_problem(tensors):
+        yield f": '{adapter.address}' {problem}"
+        return
     if embedding := embedding_of(tensors, adapter.token):
         yield from _embedding_problems(adapter, embedding, family, folder, address)
         for word in embedding.tokens:
@@ -158,7 +162,11 @@ def _problems(
         yield f".token: '{adapter.address}' is not an embedding of a word; leave token out"
     if not any("lora" in name for name in tensors):
         found = ", ".join(sorted(tensors)[:3]) or "nothing"
-        yield f": '{adapter.address}' is neither a LoRA nor an embedding; it holds {found}"
+        pair = {"clip_l", "clip_g"} <= set(tensors)
+        what = (
+            "an embedding of two text encoders, which is not taken here" if pair else "neither a LoRA nor an embedding"
+        )
+        yield f": '{adapter.address}' is {what}; it holds {found}: give a LoRA, or the embedding of a word"
         return
     if not family.lora_prefixes:
         yield f": '{address}' is a {family.class_name}, which takes no LoRA here; leave it out"
@@ -167,6 +175,16 @@ def _problems(
         yield f": LoRA weights need {LORA_PACKAGE}; install riskforge[lora]"
         return
     yield from _lora_problems(adapter.address, tensors, family, folder, address)
+
+
+def _values_problem(tensors: Mapping[str, StoredTensor]) -> str:
+    """Why values are no weights, as a predicate with the remedy; empty if they are."""
+    for name, tensor in tensors.items():
+        if 0 in tensor.shape:
+            return f"has {name} without entries; get the file again"
+        if tensor.dtype not in _FLOATS and not _ALPHA.fullmatch(name):
+            return f"has {name} of type {tensor.dtype}; quantised weights are not applied: save them in float16"
+    return ""
 
 
 def _embedding_problems(
@@ -185,7 +203,9 @@ def _embedding_problems(
             f": the embeddings of '{adapter.address}' have {embedding.shape[-1]} entries, those of the text encoder of"
             f" '{address}' {width}; it was made for another model"
         )
-    if known := sorted(_vocabulary(folder / "tokenizer") & set(embedding.tokens)):
+    # CLIP's tokenizers mark the ends of words.
+    vocabulary = _vocabulary(folder / "tokenizer")
+    if known := [word for word in embedding.tokens if vocabulary & {word, f"{word}</w>"}]:
         yield f".token: '{known[0]}' is a word of the tokenizer of '{address}' already; give another token"
 
 
@@ -213,8 +233,8 @@ def _lora_problems(
     known = {part: _matrices(folder / part) for part in family.lora_prefixes if has_weights(folder / part)}
     problems = [problem for name, pair in pairs.items() if (problem := _pair_problem(name, *pair, family, known))]
     if problems:
-        more = f"; so it is of {len(problems)} of its {len(pairs)} layers" if len(problems) > 1 else ""
-        yield f": '{of}' does not fit '{address}': {problems[0]}{more}"
+        more = f" ({len(problems)} of its {len(pairs)} layers do not fit)" if len(problems) > 1 else ""
+        yield f": '{of}' does not fit '{address}': {problems[0]}{more}; it was made for another model, or is damaged"
 
 
 def lora_pairs(tensors: dict[str, StoredTensor]) -> tuple[dict[str, tuple[Shape, Shape]], list[str]]:

@@ -37,5 +37,5 @@ def conversion_line(path: Path, kind: str) -> str:
         kind: class of diffusers' pipeline.
     """
     source, target = json.dumps(str(path)), json.dumps(path.stem)
-    code = f"import diffusers; diffusers.{kind}.from_single_file({source}, config='FOLDER', local_files_only=True)"
+    code = f'import diffusers; diffusers.{kind}.from_single_file({source}, config="FOLDER", local_files_only=True)'
     return f"python -c {shlex.quote(f'{code}.save_pretrained({target})')}"
