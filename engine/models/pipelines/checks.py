@@ -74,7 +74,7 @@ def _file_problem(folder: Path, parts: dict[str, str], required: Classes, checks
     for name in (name for name in parts if name not in unread):
         file = configuration_file(name)
         if not (folder / name / file).is_file():
-            return f"has no {name}/{file}"
+            return f"has no {name}/{file}, which its index names: get the folder whole, or save the pipeline again"
     return ""
 
 
