@@ -11,11 +11,12 @@ set -m
 
 stopped=""
 child=""
+pending=""
 
 # shellcheck disable=SC2329  # The traps call it.
 stop() {
   stopped=1
-  [ -z "$child" ] || kill -s "$1" "$child" 2>/dev/null
+  if [ -n "$child" ]; then kill -s "$1" "$child" 2>/dev/null; else pending=$1; fi
 }
 
 trap 'stop INT' INT
@@ -25,6 +26,8 @@ code=75
 while [ "$code" -eq 75 ] && [ -z "$stopped" ]; do
   "$@" &
   child=$!
+  # It came after the command was started and before its number was known.
+  [ -z "$pending" ] || kill -s "$pending" "$child" 2>/dev/null
   # A signal ends `wait`, not the command.
   while kill -0 "$child" 2>/dev/null; do wait "$child"; done
   wait "$child"
