@@ -130,6 +130,16 @@ def test_images_of_another_vae_are_those_of_diffusers(home, hardware):
     assert model_digests(job)["vae"] == model_digest(str(home / "vae"))
 
 
+def test_a_vae_with_values_that_are_not_finite_is_refused(home, hardware, tmp_path):
+    """By a worker that loads it, with the name of the weight."""
+    vae = diffusers.AutoencoderKL(**VAE)
+    vae.post_quant_conv.bias.data[0] = float("nan")
+    vae.save_pretrained(tmp_path / "vae")
+    models = models_of(home, vae=str(tmp_path / "vae"))
+    with pytest.raises(JobError, match=r"models\.vae: .* has values in post_quant_conv\.bias that are not finite"):
+        load_pipeline(str(home / "pipeline"), hardware, models=models)
+
+
 def test_a_vae_for_other_latents_is_refused(home, tmp_path):
     diffusers.AutoencoderKL(**VAE).save_pretrained(tmp_path / "vae")
     cases = {"scaling_factor": (0.13, "0.13"), "latent_channels": (16, "16"), "shift_factor": (0.1, "0.1")}
@@ -210,7 +220,7 @@ def test_what_is_no_adapter_is_refused(home, tmp_path):
     save_file({"a": torch.zeros(1, 1, 1), "b": torch.zeros(1)}, tmp_path / "other.safetensors")
     save_embedding(tmp_path / "wide.safetensors", "<wide>", width=24)
     save_embedding(tmp_path / "known.safetensors", "three</w>")
-    save_embedding(tmp_path / "word.safetensors", "three")
+    save_embedding(tmp_path / "word.safetensors", "Three")
     save_embedding(tmp_path / "emb.safetensors", "emb_params")
     save_file({"<e>": torch.zeros(0, 16)}, tmp_path / "none.0.safetensors")
     save_file({"<e>": torch.zeros(16, dtype=torch.int64)}, tmp_path / "whole.safetensors")
@@ -223,7 +233,7 @@ def test_what_is_no_adapter_is_refused(home, tmp_path):
         ({"address": str(tmp_path / "other.safetensors")}, r"0: .*neither a LoRA nor an embedding"),
         ({"address": str(tmp_path / "wide.safetensors")}, r"0: .*have 24 entries, those of the text encoder"),
         ({"address": str(tmp_path / "known.safetensors")}, r"0\.token: .*a word of the tokenizer"),
-        ({"address": str(tmp_path / "word.safetensors")}, r"0\.token: 'three' is a word of the tokenizer"),
+        ({"address": str(tmp_path / "word.safetensors")}, r"0\.token: 'Three' is a word of the tokenizer"),
         ({"address": str(tmp_path / "none.0.safetensors")}, r"0: .*has <e> without entries"),
         ({"address": str(tmp_path / "whole.safetensors")}, r"0: .*has <e> of type I64; quantised"),
         ({"address": str(tmp_path / "pair.safetensors")}, r"0: .*an embedding of two text encoders"),

@@ -205,7 +205,7 @@ def _embedding_problems(
         )
     # CLIP's tokenizers mark the ends of words.
     vocabulary = _vocabulary(folder / "tokenizer")
-    if known := [word for word in embedding.tokens if vocabulary & {word, f"{word}</w>"}]:
+    if known := [word for word in embedding.tokens if vocabulary & {word, f"{word}</w>", f"{word.lower()}</w>"}]:
         yield f".token: '{known[0]}' is a word of the tokenizer of '{address}' already; give another token"
 
 

@@ -58,7 +58,7 @@ def _change(models: ModelsSpec, family: type[Pipeline], folder: Path, address: s
 
     def change(parts: dict[str, Any]) -> None:
         if vae:
-            parts["vae"] = _load_vae(vae)
+            parts["vae"] = _load_vae(vae, str(models.vae))
         if models.adapters:
             from engine.models.adapter_loading import apply_adapters
 
@@ -67,12 +67,15 @@ def _change(models: ModelsSpec, family: type[Pipeline], folder: Path, address: s
     return change
 
 
-def _load_vae(folder: Path) -> Any:
+def _load_vae(folder: Path, address: str) -> Any:
     """An `AutoencoderKL`, in float32 as those of pipelines."""
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    return load_part(AutoencoderKL, folder, torch_dtype=torch.float32)
+    vae = load_part(AutoencoderKL, folder, torch_dtype=torch.float32)
+    if broken := [name for name, weight in vae.state_dict().items() if not weight.isfinite().all()]:
+        raise JobError(f"models.vae: '{address}' has values in {broken[0]} that are not finite; get the file again")
+    return vae
 
 
 def load_image_encoder(address: str, device: str = "cpu") -> ImageEncoder:
