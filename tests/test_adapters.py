@@ -252,6 +252,11 @@ def test_what_is_no_adapter_is_refused(home, tmp_path):
             job_of(home / "pipeline", adapters=[{"address": "a", "weight": weight}])
 
 
+def test_a_token_of_several_words_is_refused(home):
+    with pytest.raises(JobError, match=r"models\.adapters\.0\.token: 'a cat' has spaces; give one word"):
+        job_of(home / "pipeline", adapters=[{"address": str(home / "cat.safetensors"), "token": "a cat"}])
+
+
 def test_values_that_are_not_finite_are_refused_where_they_are_loaded(home, hardware, tmp_path):
     wrong = changed(
         home / "unet.safetensors", tmp_path / "nan.safetensors", lambda t: set_first(t, torch.full((2, 16), torch.nan))

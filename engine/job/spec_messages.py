@@ -72,6 +72,8 @@ def explain(root: type[BaseModel], item: Any, location: Location) -> str:
         return f"{value} cannot be the name of an argument; use letters, digits and underscores"
     if kind == "string_pattern_mismatch" and key in ("name", "seed_group"):
         return f"{value} may hold only a-z, 0-9 and inner hyphens"
+    if kind == "string_pattern_mismatch" and key == "token":
+        return f"{value} has spaces; give one word, such as <thing>"
     return f"{value} {_expected(kind, key, item)}"
 
 
