@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,14 +14,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from engine.commands.jobs import _gpu_bytes, _show_memory, plan
 from engine.errors import JobError
-from engine.generation.memory_plan import _batch, memory_lines, memory_plan
+from engine.generation.memory_plan import _batch, memory_fields, memory_lines, memory_plan, text_encoder_bytes
 from engine.models.addresses import resolve
 from engine.models.diffusion import load_pipeline
 from engine.models.memory_model import on_meta
 from engine.models.peak_memory import StepParts, denoising_step, step_peak
 from engine.models.pipelines.base import BareNetwork
+from engine.models.pipelines.lookup import family_of
 from tests.flow_cases import save_pixart, save_sd3
-from tests.tiny_pipelines import job_of, save_lcm_pipeline, save_pipeline, save_xl_pipeline
+from tests.tiny_pipelines import edit, job_of, save_lcm_pipeline, save_pipeline, save_xl_pipeline
 
 GIB = 2**30
 
@@ -61,7 +64,11 @@ def test_peaks_are_those_that_are_measured(diffusion, is_guided, through, slice_
     assert estimate == pytest.approx(measured, rel=0.15)
 
 
-@pytest.mark.parametrize("save", [save_xl_pipeline, save_lcm_pipeline, save_sd3, save_pixart])
+save_unclip = partial(save_pipeline, is_unclip=True)
+save_sd3_with_t5 = partial(save_sd3, with_t5=True)
+
+
+@pytest.mark.parametrize("save", [save_unclip, save_xl_pipeline, save_lcm_pipeline, save_sd3, save_pixart])
 def test_peaks_of_every_family_are_those_that_are_measured(save, hardware, tmp_path):
     """Tiny ones, with the gradient through the network."""
     model = load_pipeline(str(save(tmp_path / "pipeline")), hardware)
@@ -88,6 +95,57 @@ def test_peaks_are_those_of_a_gpu(diffusion):
     assert step_peak(parts, diffusion.latent_shape, 64, num_halves=2, through_network=True) == pytest.approx(
         measured, rel=0.15
     )
+
+
+def bytes_of(part):
+    """Of the weights of a part, which may be several models with their tokenizers."""
+    if isinstance(part, (list, tuple)):
+        return sum(map(bytes_of, part))
+    return sum(tensor.nbytes for tensor in part.parameters()) if isinstance(part, torch.nn.Module) else 0
+
+
+def loaded_encoder_bytes(folder, hardware):
+    parts = family_of(folder, str(folder)).load_parts(folder, hardware, checks_safety=False)
+    return sum(bytes_of(part) for name, part in parts.items() if name not in ("network", "vae"))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("save", [save_xl_pipeline, save_sd3, save_sd3_with_t5, save_pixart])
+def test_text_encoders_weigh_what_is_loaded(save, dtype, hardware, tmp_path):
+    """Also T5, of which half precision leaves a part in float32."""
+    folder = save(tmp_path / "pipeline")
+    loaded = loaded_encoder_bytes(folder, dataclasses.replace(hardware, dtype=dtype))
+    assert text_encoder_bytes(folder, getattr(torch, dtype)) == loaded > 0
+
+
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_text_encoders_are_counted_by_any_configuration_that_is_loaded(is_nested, hardware, tmp_path):
+    """One within the configuration of a whole CLIP, and one without its type."""
+    folder = save_pipeline(tmp_path / "pipeline")
+    path = folder / "text_encoder" / "config.json"
+    if is_nested:
+        path.write_text(json.dumps({"model_type": "clip", "text_config": json.loads(path.read_text())}))
+    else:
+        edit(path, model_type=...)
+    assert text_encoder_bytes(folder, torch.float32) == loaded_encoder_bytes(folder, hardware) > 0
+
+
+def test_equal_requests_of_a_folder_without_weights_are_computed_once(tmp_path, capsys, monkeypatch):
+    folder = save_pipeline(tmp_path / "pipeline")
+    for weights in folder.rglob("*.safetensors"):
+        weights.unlink()
+    one = job_of(folder)
+    [request] = one.requests
+    job = one.model_copy(update={"requests": (request, request.model_copy(update={"name": "b"}))})
+    _show_memory(tmp_path / "job.yaml", job, 2**24, as_json=True)
+    first, second = json.loads(capsys.readouterr().out)["requests"]
+    assert (first["request"], second["request"]) == ("a", "b") and first["fits"] == second["fits"]
+    counted = []
+    monkeypatch.setattr("engine.generation.memory_plan.step_peak", lambda *_, **__: counted.append(1) or 1)
+    memory_fields(one, 2**24)
+    alone = len(counted)
+    memory_fields(job, 2**24)
+    assert len(counted) == 2 * alone > 0
 
 
 @pytest.mark.slow

@@ -162,7 +162,7 @@ def _show_memory(path: Path, job: JobSpec, memory_bytes: int, as_json: bool) -> 
     from engine.models.job_checks import check_addresses
     from engine.models.library_logging import quiet_libraries
 
-    check_addresses(job, with_artefacts=False)
+    check_addresses(job, with_artefacts=False, with_weights=False)
     _check_classes(path, job)
     quiet_libraries()
     fields = memory_fields(job, memory_bytes)

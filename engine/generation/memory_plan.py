@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,55 +55,81 @@ class Fit:
     batch: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """What the memory of a request depends on, next to precision, checkpointing and decoder.
+
+    Attributes:
+        folder, address: of the pipeline.
+        shape: of a sample's latents, C, h, w.
+        num_halves: of classifier-free guidance.
+        is_guided: whether images are decoded for gradients; through_network: whether these pass through the network.
+        decoders: whether guidance looks through a tiny decoder, all that are possible.
+    """
+
+    folder: Path
+    address: str
+    shape: tuple[int, int, int]
+    num_halves: int
+    is_guided: bool
+    through_network: bool
+    decoders: tuple[bool, ...]
+
+
 def memory_plan(job: JobSpec, request: RequestSpec, memory_bytes: int) -> list[Fit]:
     """What fits of a request, every combination of precision, checkpointing and decoder that its method can have.
 
     Raises:
         JobError: the configurations of its pipeline are not here, or its family is not estimated.
     """
+    return _fits(_step_of(job, request), memory_bytes)
+
+
+def _step_of(job: JobSpec, request: RequestSpec) -> _Step:
     address = request.diffusion or job.models.diffusion
     folder = locate(address).folder
     if folder is None or not has_configurations(folder):
         raise JobError(f"--memory: the configurations of '{address}' are not on this machine; download them first")
     family, is_guided = family_of(folder, address), request.method_record.is_guided
-    with torch.device(META):
-        is_counted = family.bare_network(folder) is not None
-    if not is_counted:
-        raise JobError(f"--memory: the memory of a {family.class_name} is not estimated; run a small job instead")
-    decoders = ([True] if job.models.guidance_decoder else [False, True]) if is_guided else [False]
-    switches = [False, True] if is_guided else [False]
+    sampling, parameters = job.sampling_of(request), job.parameters_of(request)
+    latents, (height, width) = family.latent_space(folder), request_image_size(job, request, folder, address)
+    steps = sampling.num_inference_steps
+    return _Step(
+        folder=folder,
+        address=address,
+        shape=(latents.channels, height // latents.pixels_per_latent, width // latents.pixels_per_latent),
+        num_halves=2 if sampling.guidance_scale > 1 and not family.embeds_guidance(folder) else 1,
+        is_guided=is_guided,
+        through_network=any(parameters.is_through_unet(index, steps) for index in request.steps_taken(steps)),
+        decoders=((True,) if job.models.guidance_decoder else (False, True)) if is_guided else (False,),
+    )
+
+
+def _fits(step: _Step, memory_bytes: int) -> list[Fit]:
+    switches = [False, True] if step.is_guided else [False]
     return [
-        _fit(job, request, folder, address, memory_bytes, precision, checkpointing, tiny)
-        for precision, checkpointing, tiny in itertools.product(DTYPES, switches, decoders)
+        _fit(step, memory_bytes, precision, checkpointing, tiny)
+        for precision, checkpointing, tiny in itertools.product(DTYPES, switches, step.decoders)
     ]
 
 
-def _fit(
-    job: JobSpec, request: RequestSpec, folder: Path, address: str, memory_bytes: int, precision: str,
-    checkpointing: bool, tiny: bool,
-) -> Fit:  # fmt: skip
-    family, sampling, parameters = family_of(folder, address), job.sampling_of(request), job.parameters_of(request)
-    latents, (height, width) = family.latent_space(folder), request_image_size(job, request, folder, address)
-    shape = (latents.channels, height // latents.pixels_per_latent, width // latents.pixels_per_latent)
+def _fit(step: _Step, memory_bytes: int, precision: str, checkpointing: bool, tiny: bool) -> Fit:
     hardware = Hardware(
         device=META, dtype=DTYPES[precision], attention="sdpa", memory_bytes=memory_bytes,
         gradient_checkpointing="on" if checkpointing else "off",
     )  # fmt: skip
-    parts = _parts(folder, address, hardware, shape, is_guided=request.method_record.is_guided, tiny=tiny)
+    parts = _parts(step, hardware, tiny=tiny)
     if checkpointing:
         parts.network.module.enable_gradient_checkpointing()
-    steps = sampling.num_inference_steps
-    through = any(parameters.is_through_unet(index, steps) for index in request.steps_taken(steps))
-    halves = 2 if sampling.guidance_scale > 1 and not family.embeds_guidance(folder) else 1
 
     def peak(rows: int) -> int:
-        return step_peak(parts, shape, rows, num_halves=halves, through_network=through)
+        return step_peak(parts, step.shape, rows, num_halves=step.num_halves, through_network=step.through_network)
 
-    weights = parts.weight_bytes + text_encoder_bytes(folder, getattr(torch, DTYPES[precision]))
-    one, available = peak(1), MEMORY_SHARE * memory_bytes - weights
+    weights = parts.weight_bytes + text_encoder_bytes(step.folder, getattr(torch, DTYPES[precision]))
+    one, available, most = peak(1), MEMORY_SHARE * memory_bytes - weights, useful_size(step.shape[1] * step.shape[2])
     return Fit(
         precision=precision, checkpointing=checkpointing, tiny_decoder=tiny, weight_bytes=weights,
-        row_bytes=one, batch=_batch(peak, one, available, parts.slice_rows or 1, useful_size(shape[1] * shape[2])),
+        row_bytes=one, batch=_batch(peak, one, available, parts.slice_rows or 1, most),
     )  # fmt: skip
 
 
@@ -136,40 +163,48 @@ def _batch(peak: Callable[[int], int], one: int, available: float, slice_rows: i
     return low
 
 
-def _parts(
-    folder: Path, address: str, hardware: Hardware, shape: tuple[int, int, int], *, is_guided: bool, tiny: bool
-) -> StepParts:
-    dtype = getattr(torch, hardware.dtype)
+def _parts(step: _Step, hardware: Hardware, *, tiny: bool) -> StepParts:
+    folder, dtype = step.folder, getattr(torch, hardware.dtype)
+    family = family_of(folder, step.address)
     with torch.device(META):
-        network = family_of(folder, address).bare_network(folder)
-    assert network is not None
+        network = family.bare_network(folder)
+    if network is None:
+        raise JobError(f"--memory: the memory of a {family.class_name} is not estimated; run a small job instead")
     # diffusers' own `to` warns of parts that it would load in float32; here are no weights.
     torch.nn.Module.to(network.module, dtype)
     vae = _on_meta(AutoencoderKL, read_config(folder / "vae" / "config.json"), torch.float32)
-    if not is_guided:
-        return StepParts(network=network, vae=vae, slice_rows=Decoder(vae, hardware).forward_rows(shape))
+    if not step.is_guided:
+        return StepParts(network=network, vae=vae, slice_rows=Decoder(vae, hardware).forward_rows(step.shape))
     guide = vae
     if tiny:
-        guide = _on_meta(AutoencoderTiny, tiny_decoder(address, folder)[1], dtype)
+        guide = _on_meta(AutoencoderTiny, tiny_decoder(step.address, folder)[1], dtype)
     elif dtype != torch.float32:
         guide = _on_meta(AutoencoderKL, read_config(folder / "vae" / "config.json"), dtype)
         # As the engine's copy in half precision, which has no encoder.
         del guide.encoder
     if hardware.gradient_checkpointing == "on" and not tiny:
         guide.enable_gradient_checkpointing()
-    rows = Decoder(guide if tiny else vae, hardware).decoding(shape, hardware.dtype).slice_rows
+    rows = Decoder(guide if tiny else vae, hardware).decoding(step.shape, hardware.dtype).slice_rows
     return StepParts(network=network, vae=vae, guide=guide, slice_rows=rows)
 
 
 def text_encoder_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """Bytes of the weights of a pipeline's text encoders, which stay on the GPU next to the network."""
+    """Bytes of the weights of a pipeline's text encoders, which stay on the GPU next to the network.
+
+    What transformers keeps in float32 where the rest is in half precision, a part of each layer of T5, is counted so.
+    """
     total = 0
     for name, kind in part_classes(folder).items():
         if name.startswith("text_encoder"):
-            config = transformers.AutoConfig.from_pretrained(folder / name, local_files_only=True)
+            encoder_class = getattr(transformers, kind)
+            # Its own kind of configuration, as in loading: that of a text encoder may be within that of a whole CLIP.
+            config = encoder_class.config_class.from_pretrained(folder / name, local_files_only=True)
             with torch.device(META):
-                encoder = getattr(transformers, kind)._from_config(config)
-            total += sum(tensor.numel() for tensor in encoder.parameters()) * dtype.itemsize
+                encoder = encoder_class._from_config(config)
+            single = set(encoder._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
+            for path, tensor in encoder.named_parameters():
+                kept = torch.float32 if single.intersection(path.split(".")) else dtype
+                total += tensor.numel() * kept.itemsize
     return total
 
 
@@ -181,10 +216,12 @@ def _on_meta(kind: Any, config: dict[str, Any], dtype: torch.dtype) -> Any:
 
 def memory_fields(job: JobSpec, memory_bytes: int) -> list[dict[str, Any]]:
     """The estimates of all requests, as `plan --memory --json` has them; equal ones are computed once."""
-    return [
-        {"request": request.name, "fits": [dataclasses.asdict(fit) for fit in memory_plan(job, request, memory_bytes)]}
-        for request in job.requests
-    ]
+
+    @functools.cache
+    def fits(step: _Step) -> list[dict[str, Any]]:
+        return [dataclasses.asdict(fit) for fit in _fits(step, memory_bytes)]
+
+    return [{"request": request.name, "fits": fits(_step_of(job, request))} for request in job.requests]
 
 
 def memory_lines(fields: list[dict[str, Any]], memory_bytes: int) -> list[str]:

@@ -33,17 +33,20 @@ from engine.models.validity import validity_problems
 _Role = tuple[str, str, Callable[[Path, str], None]]
 
 
-def check_addresses(job: JobSpec, *, with_artefacts: bool = True) -> None:
+def check_addresses(job: JobSpec, *, with_artefacts: bool = True, with_weights: bool = True) -> None:
     """Check that every model of a job exists and is of the right kind, without loading it.
 
     Args:
         with_artefacts: whether to check artefacts and custom methods too; not when artefacts are made.
+        with_weights: whether pipelines in folders must have weights; not where only their configurations are read.
 
     Raises:
         JobError: all problems of the first step that has some, one line each, by field.
     """
     # Each step presupposes those before it.
-    steps: list[Callable[[JobSpec], list[str]]] = [_role_problems, _label_problems, _pair_problems, _weights_problems]
+    steps: list[Callable[[JobSpec], list[str]]] = [_role_problems, _label_problems, _pair_problems]
+    if with_weights:
+        steps.append(_weights_problems)
     if with_artefacts:
         steps.append(_preparation_problems)
     for step in steps:

@@ -125,8 +125,10 @@ def denoising_step(parts: StepParts, latents: Tensor, *, num_halves: int, throug
             output = predict(torch.cat([latents] * num_halves))[: len(latents)]
         return latents - output if parts.guide is None else latents - _gradients(parts, latents - output)
     leaf = latents.detach().requires_grad_(True)
+    # Without weights only its result counts: the conditional half, which keeps a graph, takes more than it meanwhile.
+    is_computed = num_halves > 1 and not latents.is_meta
     with torch.no_grad():
-        unconditional = predict(leaf) if num_halves > 1 else torch.zeros_like(latents)
+        unconditional = predict(leaf) if is_computed else torch.zeros_like(latents)
     clean = leaf - 2 * predict(leaf) + unconditional
     (gradient,) = torch.autograd.grad(clean, leaf, _gradients(parts, clean))
     return latents - gradient
